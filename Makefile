@@ -1,0 +1,40 @@
+# Every command of the project. `make` alone lists them.
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench soak clean
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[asyncio,postgres]' --group test --group check
+	touch $@
+
+demo: .venv/ready ## show timers in a libSQL file: scheduled, killed, kept, delivered
+	$(BIN)/python examples/order_reminders.py
+
+test: .venv/ready ## run all tests, on libSQL, SQLite and a PostgreSQL server of their own
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/ready ## formatting, lint, types, layers, and the built wheel in a fresh environment
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m build --quiet --outdir dist
+	$(BIN)/python tests/wheel.py dist
+
+bench: .venv/ready ## compare with the raw drivers; prints ratios
+	$(BIN)/python benchmarks/floors.py
+
+soak: .venv/ready ## the longer crash and scale runs
+	$(BIN)/python -m pytest -m slow
+
+clean: ## remove what the other targets made
+	rm -rf .venv dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
