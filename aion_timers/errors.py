@@ -1,0 +1,116 @@
+"""Every error that the library raises of its own accord.
+
+::
+
+    TimerStoreError
+     +-- InvalidInputError           an argument that cannot be stored or asked for (also a ValueError)
+     +-- UnsupportedBindError        an object or a database that the repository cannot work on (also a TypeError)
+     |    +-- UnsafeEngineError      an engine whose driver would lose updates or savepoints
+     +-- ForeignRowError             a row that another program wrote in a form of its own
+     +-- StoreUnavailableError       the database cannot be reached or written
+     |    +-- PoolExhaustedError     no connection came free in time
+     +-- MigrationError              the schema is not what this version works with
+          +-- NotMigratedError       the table, or a part of it, is missing
+          +-- DowngradeRefusedError  a downgrade that would drop timers
+
+Errors of SQLAlchemy that none of these explains better pass through unchanged, so a host's handling of deadlocks,
+lost connections and retryable conflicts goes on working. Where one of ours stands for another error, that one is
+its ``__cause__``.
+"""
+
+from __future__ import annotations
+
+import reprlib
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: its repr, cut to a length that fits into a line of a log."""
+    return _SHORT.repr(value)
+
+
+class TimerStoreError(Exception):
+    """The base of every error of this library."""
+
+
+class InvalidInputError(TimerStoreError, ValueError):
+    """An argument that cannot be stored or asked for; nothing was changed.
+
+    Attributes:
+        argument: the argument's name.
+        value: what was given.
+        cure: what to pass instead.
+    """
+
+    def __init__(self, argument: str, value: object, problem: str, cure: str) -> None:
+        super().__init__(f"{argument} {shown(value)}: {problem}; {cure}")
+        self.argument = argument
+        self.value = value
+        self.cure = cure
+
+
+class UnsupportedBindError(TimerStoreError, TypeError):
+    """An object or a database that the repository cannot work on.
+
+    Attributes:
+        cure: what to pass instead.
+    """
+
+    def __init__(self, problem: str, cure: str) -> None:
+        super().__init__(f"{problem}; {cure}")
+        self.cure = cure
+
+
+class UnsafeEngineError(UnsupportedBindError):
+    """An engine whose driver, as it is set up, would lose updates or savepoints."""
+
+
+class ForeignRowError(TimerStoreError):
+    """A row that another program wrote in a form of its own stands where a timer of ours should go or come from.
+
+    The row stays as it is. Attributes:
+        row: the stored texts of its three columns, as far as they are known.
+    """
+
+    def __init__(self, row: tuple[object, ...], problem: str, cure: str) -> None:
+        super().__init__(f"row ({', '.join(map(shown, row))}): {problem}; {cure}")
+        self.row = row
+        self.cure = cure
+
+
+class StoreUnavailableError(TimerStoreError):
+    """The database cannot be reached or written. The driver's error is the cause.
+
+    Attributes:
+        cure: what to do about it.
+    """
+
+    def __init__(self, problem: str, cure: str) -> None:
+        super().__init__(f"{problem}; {cure}")
+        self.cure = cure
+
+
+class PoolExhaustedError(StoreUnavailableError):
+    """No connection of the engine's pool came free in time."""
+
+
+class MigrationError(TimerStoreError):
+    """The schema is not what this version works with.
+
+    Attributes:
+        cure: the command that mends it, or what to do by hand.
+    """
+
+    def __init__(self, problem: str, cure: str) -> None:
+        super().__init__(f"{problem}; {cure}")
+        self.cure = cure
+
+
+class NotMigratedError(MigrationError):
+    """The table ``timers``, or a part of it, is missing."""
+
+
+class DowngradeRefusedError(MigrationError):
+    """A downgrade that would drop timers, refused; nothing was changed."""
