@@ -1,0 +1,68 @@
+"""A sound SQLAlchemy dialect, sync and async, for libSQL files. Importing it needs no driver.
+
+After ``register()`` the usual URLs ``sqlite+libsql:///file.db`` and ``sqlite+aiolibsql:///file.db`` open engines whose
+transactions are real, whose errors are those of PEP 249 and whose reads hold no write lock.
+"""
+
+import importlib
+import sys
+from contextlib import suppress
+
+from sqlalchemy.dialects import registry
+from sqlalchemy.engine.interfaces import Dialect
+
+from aion_timers.libsql.errors import (
+    BusyError,
+    ClosedError,
+    DatabaseError,
+    DataError,
+    DisconnectError,
+    Error,
+    IntegrityError,
+    InterfaceError,
+    InternalError,
+    NotSupportedError,
+    OperationalError,
+    ProgrammingError,
+    SnapshotError,
+    Warning,  # noqa: A004 - PEP 249 fixes the name
+)
+
+__all__ = [
+    "BusyError",
+    "ClosedError",
+    "DataError",
+    "DatabaseError",
+    "DisconnectError",
+    "Error",
+    "IntegrityError",
+    "InterfaceError",
+    "InternalError",
+    "NotSupportedError",
+    "OperationalError",
+    "ProgrammingError",
+    "SnapshotError",
+    "Warning",
+    "is_sound",
+    "register",
+]
+
+_DIALECT_MODULE = "aion_timers.libsql.dialect"
+
+
+def register() -> None:
+    """Make ``sqlite+libsql`` and ``sqlite+aiolibsql`` the names of this package's dialects.
+
+    The driver is needed only when an engine is made.
+    """
+    # sqlalchemy_libsql registers its own dialects when it is first imported: that shall be before, not after
+    with suppress(ImportError):
+        importlib.import_module("sqlalchemy_libsql")
+    registry.register("sqlite.libsql", _DIALECT_MODULE, "LibsqlDialect")
+    registry.register("sqlite.aiolibsql", "aion_timers.libsql.aio", "AsyncLibsqlDialect")
+
+
+def is_sound(dialect: Dialect) -> bool:
+    """Whether it is one of this package's dialects; an engine made before ``register()`` has another."""
+    module = sys.modules.get(_DIALECT_MODULE)
+    return module is not None and isinstance(dialect, module.LibsqlDialect)

@@ -1,0 +1,428 @@
+"""When a transaction begins, how it gets the write lock, and when it may go on after others have written.
+
+A transaction begins with its first statement: with ``BEGIN`` if that reads, so that whoever only reads never holds
+the write lock; with ``BEGIN IMMEDIATE`` if it writes, so that it waits for the lock before it has read anything.
+
+A transaction that has only read and wants to write needs the lock *and* an unchanged database. SQLite says only that
+it can't write now, and by then waiting may be of no use. So the read transaction is given up, the lock is taken, and
+the reads are run again under it. If they give the same rows, the transaction is one that ran under the lock from its
+start. Else it has relied on something that is no longer true, and ends with ``SnapshotError``.
+"""
+
+import marshal
+from collections.abc import Callable
+from contextlib import suppress
+from enum import Enum, auto
+from hashlib import sha256
+from traceback import clear_frames
+from typing import Final, NoReturn, TypeVar
+
+from aion_timers.libsql.driver import Description, RawConnection, RawCursor, Rows, Source
+from aion_timers.libsql.errors import (
+    BusyError,
+    ClosedError,
+    DisconnectError,
+    OperationalError,
+    ProgrammingError,
+    SnapshotError,
+)
+from aion_timers.libsql.sql import ATTACH, DEFER_FOREIGN_KEYS, FOREIGN_KEYS, Kind, Parameters, Statement
+from aion_timers.libsql.waiting import LockWait
+
+_T = TypeVar("_T")
+Outcome = tuple[RawCursor, Description | None, Rows | None]
+
+MAX_REPEATED_ROWS: Final = 1_000
+"""How many rows a transaction may have read for its reads to be repeated."""
+
+
+class Level(Enum):
+    """How a transaction begins."""
+
+    SERIALIZABLE = "SERIALIZABLE"
+    IMMEDIATE = "IMMEDIATE"
+    AUTOCOMMIT = "AUTOCOMMIT"
+
+
+class State(Enum):
+    """Where a transaction is."""
+
+    IDLE = auto()
+    """Nothing is begun."""
+    READING = auto()
+    """Only reads so far: it can be begun again."""
+    WRITING = auto()
+    """Begun again, something would be lost."""
+    LOST = auto()
+    """Rolled back by SQLite or by us, and the caller hasn't called ``rollback()`` yet."""
+
+
+_IDLE, _READING, _WRITING, _LOST = State
+_READ, _WRITE = Kind.READ, Kind.WRITE
+
+
+class Transaction:
+    """The transactions of one connection, one after the other."""
+
+    def __init__(self, raw: RawConnection, source: Source, level: Level, timeout: float) -> None:
+        self._raw: RawConnection | None = raw
+        self.source = source
+        self.timeout = timeout
+        self.abandoned = False
+        """Whether nobody waits for this connection any more, so that it need not wait for a lock either."""
+        self.state = State.IDLE
+        self._level = level
+        # the open ones, as long as a restart would have to set them again
+        self._savepoints: list[str] = []
+        # text, parameters and a digest of the rows of each read, and how many more rows may be kept that way
+        self._reads: list[tuple[str, Parameters, bytes]] = []
+        self._rows_left = MAX_REPEATED_ROWS
+        # why the reads can't be run again
+        self._unrepeatable = ""
+        # no after PRAGMA defer_foreign_keys: a ROLLBACK, which a restart needs, would take it back
+        self._restartable = True
+        # whether the connection has more files than one
+        self._attached = False
+
+    @property
+    def raw(self) -> RawConnection:
+        """The driver's connection."""
+        if self._raw is None:
+            raise ClosedError("the connection is closed")
+        return self._raw
+
+    @property
+    def level(self) -> Level:
+        """How the next transaction begins."""
+        return self._level
+
+    @level.setter
+    def level(self, level: Level) -> None:
+        if self.state is not _IDLE:
+            raise ProgrammingError("the isolation level can't change inside a transaction: commit or roll back first")
+        self._level = level
+
+    # -- statements --------------------------------------------------------------------------------
+
+    def execute(self, statement: Statement, sql: str, parameters: Parameters) -> Outcome | None:
+        """Run a statement to its end, in a transaction as the level wants it.
+
+        Args:
+            statement: what is run.
+            sql: its text, perhaps with parameters written into it.
+            parameters: the others.
+
+        Returns:
+            The driver's cursor, the description and the rows; None where there was nothing to run.
+        """
+        kind = statement.kind
+        if kind is _READ or kind is _WRITE:
+            if self.state is _IDLE:
+                self._begin(kind)
+            elif self.state is _LOST:
+                self._refuse()
+            elif self._attached and kind is _WRITE and self.state is _READING:
+                # SQLite would lock the file that is written, and not see that another one was read and has changed
+                self._restart()
+        elif self._control(statement):
+            return None
+        try:
+            outcome = self._run(sql, parameters)
+        except BaseException as error:  # noqa: BLE001 - the driver's panics are no Exception
+            outcome = self._recover(kind, sql, parameters, error)
+        if self.state is _READING:
+            if kind is _READ or kind is Kind.INSPECT:
+                self._remember(sql, parameters, outcome[2])
+            else:
+                self._note(statement)
+        elif kind is Kind.BEGIN or (kind is Kind.SAVEPOINT and self.state is _IDLE) or kind is Kind.RELEASE:
+            self._follow(statement)
+        return outcome
+
+    def _control(self, statement: Statement) -> bool:
+        """Prepare for a statement that neither reads nor writes; whether that was all there is to do."""
+        kind, state = statement.kind, self.state
+        match kind:
+            case Kind.COMMIT:
+                self.commit()
+                return True
+            case Kind.ROLLBACK:
+                self.rollback()
+                return True
+            case Kind.ROLLBACK_TO if state is _LOST:
+                # SQLAlchemy's clean-up after the error that lost the transaction; that error is the one to see
+                return True
+            case _ if state is _LOST:
+                self._refuse()
+            case Kind.SAVEPOINT | Kind.RELEASE | Kind.ROLLBACK_TO if (
+                state is _IDLE and self._level is not Level.AUTOCOMMIT
+            ):
+                # held back: the first statement decides how the transaction begins
+                self._move_savepoint(kind, statement.name)
+                return True
+            case Kind.CONFIGURE if state is not _IDLE and statement.name == FOREIGN_KEYS:
+                raise ProgrammingError(
+                    "SQLite ignores PRAGMA foreign_keys inside a transaction: run it as the first statement after"
+                    " commit() or rollback()"
+                )
+            case Kind.CONFIGURE if statement.name == DEFER_FOREIGN_KEYS:
+                self._restartable = False
+            case Kind.CONFIGURE if statement.name == ATTACH:
+                if state is not _IDLE:
+                    raise ProgrammingError("ATTACH inside a transaction would not lock the file: commit first")
+                self._attached = True
+        return False
+
+    def _remember(self, sql: str, parameters: Parameters, rows: Rows | None) -> None:
+        """Keep a read, to run it again."""
+        if rows is None or self._unrepeatable:
+            return
+        self._rows_left -= len(rows) + 1
+        if self._rows_left >= 0:
+            self._reads.append((sql, parameters, _digest(rows)))
+        else:
+            self._make_unrepeatable(f"more than {MAX_REPEATED_ROWS} rows had been read")
+
+    def _note(self, statement: Statement) -> None:
+        """After a statement that was no read in a transaction that had only read."""
+        if statement.kind in (Kind.SAVEPOINT, Kind.RELEASE, Kind.ROLLBACK_TO):
+            self._move_savepoint(statement.kind, statement.name)
+        else:
+            self.state = _WRITING
+            self._forget()
+
+    def _follow(self, statement: Statement) -> None:
+        """After a statement by which the caller begins or ends a transaction in SQL."""
+        if not self.raw.in_transaction:
+            self._end()
+        elif self.state is _IDLE:
+            deferred = statement.kind is Kind.BEGIN and statement.name in ("", "transaction", "deferred")
+            self.state = _READING if deferred and self._restartable else _WRITING
+            self._restore_savepoints()
+
+    def _recover(self, kind: Kind, sql: str, parameters: Parameters, error: BaseException) -> Outcome:
+        """After a statement that failed: try again where that is right, else raise."""
+        failure = self._failure(error)
+        if isinstance(failure, BusyError):
+            if self.state is _IDLE or (self.state is _READING and kind in (_READ, Kind.INSPECT)):
+                return self._attempt(lambda: self._run(sql, parameters), first=failure)
+            if self.state is _READING:
+                self._restart()
+                return self._attempt(lambda: self._run(sql, parameters))
+            if self.state is _WRITING:
+                self._lose("it has done something that would be lost if it were begun again")
+        if self.state is _READING:
+            if kind is _READ or kind is Kind.INSPECT:
+                self._make_unrepeatable("a read had failed")
+            elif kind is _WRITE or kind is Kind.CONFIGURE:
+                # it may have left something behind, as INSERT OR FAIL does
+                self.state = _WRITING
+                self._forget()
+        if failure is error:
+            raise error
+        raise failure from None
+
+    def _run(self, sql: str, parameters: Parameters) -> Outcome:
+        cursor = (self._raw or self.raw).execute(sql, parameters)
+        description = cursor.description or None
+        return cursor, description, cursor.fetchall() if description else None
+
+    # -- begin, commit, roll back ------------------------------------------------------------------
+
+    def _begin(self, kind: Kind) -> None:
+        """Begin for a first statement of this kind."""
+        if self._level is Level.AUTOCOMMIT:
+            return
+        raw = self.raw
+        if kind is _READ and self._level is Level.SERIALIZABLE and self._restartable:
+            self._attempt(lambda: raw.execute("BEGIN"))
+            self.state = _READING
+        else:
+            self._attempt(lambda: raw.execute("BEGIN IMMEDIATE"))
+            self.state = _WRITING
+        if self._savepoints:
+            self._restore_savepoints()
+
+    def commit(self) -> None:
+        """Commit, waiting for readers where the journal mode needs that; whatever fails rolls back."""
+        raw = self.raw
+        if self.state is _LOST:
+            self.rollback()
+            raise OperationalError("nothing was committed: the transaction was rolled back after an error before")
+        try:
+            if raw.in_transaction:
+                self._attempt(raw.commit)
+        except BaseException:
+            # SQLAlchemy sends no ROLLBACK after a COMMIT that failed
+            if self._raw is not None:
+                self.rollback()
+            raise
+        self._end()
+
+    def rollback(self) -> None:
+        """Roll back; without a transaction it does nothing."""
+        raw = self.raw
+        self._end()
+        if raw.in_transaction:
+            self._attempt(raw.rollback)
+
+    def close(self) -> None:
+        """Roll back and drop the driver's connection; a second call does nothing."""
+        raw, self._raw = self._raw, None
+        self._end()
+        if raw is None:
+            return
+        try:
+            if raw.in_transaction:
+                self.source.call(raw.rollback)
+        finally:
+            self.source.call(raw.close)
+
+    def _end(self) -> None:
+        self.state = _IDLE
+        self._savepoints.clear()
+        self._forget()
+        self._restartable = True
+
+    # -- from reading to writing -------------------------------------------------------------------
+
+    def _restart(self) -> None:
+        """Begin again with the write lock, and see whether what was read is still so."""
+        raw = self.raw
+        try:
+            snapshot = self._versions()
+        except OperationalError:  # a remote database has no versions
+            self._lose("another connection has written or is writing")
+        self.source.call(raw.rollback)
+        self.state = _LOST
+        self._require_unchanged(snapshot)  # else there is no use in waiting for the lock
+        self._attempt(lambda: raw.execute("BEGIN IMMEDIATE"))
+        self._require_unchanged(snapshot)
+        self.state = _WRITING
+        self._restore_savepoints()
+        self._forget()
+
+    def _versions(self) -> list[Rows]:
+        """A number for each database that changes when another connection commits to it."""
+        databases = self._fetch("PRAGMA database_list", ())
+        names = [_quoted(str(name)) for _, name, _ in databases if name != "temp"]
+        return [self._fetch(f"PRAGMA {name}.data_version", ()) for name in names]
+
+    def _require_unchanged(self, snapshot: list[Rows]) -> None:
+        """Unless nobody has committed since, run the reads again and compare."""
+        if self._versions() == snapshot:
+            return
+        if self._unrepeatable:
+            self._lose(self._unrepeatable)
+        for sql, parameters, digest in self._reads:
+            try:
+                same = _digest(self._fetch(sql, parameters)) == digest
+            except (BusyError, DisconnectError):
+                raise
+            except OperationalError:  # such as a table that is gone
+                same = False
+            if not same:
+                self._lose("a read that it made gives other rows now")
+
+    def _fetch(self, sql: str, parameters: Parameters) -> Rows:
+        raw = self.raw
+        return self._attempt(lambda: raw.execute(sql, parameters).fetchall())
+
+    def _lose(self, reason: str) -> NoReturn:
+        """End the transaction: it can't become one that is serializable."""
+        raw = self.raw
+        self.state = _LOST
+        if raw.in_transaction:
+            self.source.call(raw.rollback)
+        self._forget()
+        raise SnapshotError(
+            f"the transaction can't write, because another connection has committed meanwhile or is about to: {reason};"
+            " roll back and run it again, at isolation level IMMEDIATE if that shall not happen twice"
+        )
+
+    def _make_unrepeatable(self, reason: str) -> None:
+        self._unrepeatable = f"its reads can't be compared, since {reason}"
+        self._reads.clear()
+
+    def _forget(self) -> None:
+        self._reads.clear()
+        self._rows_left = MAX_REPEATED_ROWS
+        self._unrepeatable = ""
+
+    # -- savepoints --------------------------------------------------------------------------------
+
+    def _move_savepoint(self, kind: Kind, name: str) -> None:
+        """Do to the list of open savepoints what SQLite does to its own."""
+        if kind is Kind.SAVEPOINT:
+            self._savepoints.append(name)
+            return
+        for position in reversed(range(len(self._savepoints))):
+            if self._savepoints[position] == name:
+                del self._savepoints[position + (kind is Kind.ROLLBACK_TO) :]
+                return
+        raise OperationalError(f"no such savepoint: {name}")
+
+    def _restore_savepoints(self) -> None:
+        for name in self._savepoints:
+            self.raw.execute(f"SAVEPOINT {_quoted(name)}")
+        if self.state is _WRITING:
+            self._savepoints.clear()
+
+    # -- calling the driver ------------------------------------------------------------------------
+
+    def _attempt(self, operation: Callable[[], _T], *, first: BusyError | None = None) -> _T:
+        """Call the driver, waiting here while it is busy: its own busy timeout would keep the interpreter's lock."""
+        wait = LockWait(self.timeout)
+        busy = first
+        while True:
+            if busy is not None and (self.abandoned or not wait.pause()):
+                raise BusyError(
+                    f"{busy}: another connection held it for longer than {self.timeout:g} s; keep transactions that"
+                    " write short, or wait longer with connect_args={'timeout': seconds}"
+                ) from None
+            try:
+                return operation()
+            except BaseException as error:
+                failure = self._failure(error)
+                if not isinstance(failure, BusyError):
+                    if failure is error:
+                        raise
+                    raise failure from None
+                busy = failure
+
+    def _failure(self, error: BaseException) -> BaseException:
+        """The error to raise for one of the driver; and whether SQLite rolled back because of it."""
+        failure = self.source.translate(error)
+        raw = self._raw
+        if raw is None:
+            return failure
+        if isinstance(failure, DisconnectError):
+            self._raw = None
+            self._end()
+            # whatever still works of the driver releases the file's locks
+            clear_frames(error.__traceback__)  # a cursor there would keep the file open
+            with suppress(BaseException):
+                raw.rollback()
+            with suppress(BaseException):
+                raw.close()
+        elif self.state in (_READING, _WRITING) and not raw.in_transaction:
+            self.state = _LOST
+        return failure
+
+    def _refuse(self) -> NoReturn:
+        raise OperationalError("the transaction was rolled back after an error: call rollback() before anything else")
+
+
+def _digest(rows: Rows) -> bytes:
+    """A few bytes that are the same only for the same values of the same types."""
+    # version 2 writes equal values alike; later ones also write which objects are shared
+    data = marshal.dumps(rows, 2)
+    return data if len(data) <= _SHORT else sha256(data).digest()
+
+
+_SHORT = 64  # bytes: most results of one row, for which the digest would cost more than it saves
+
+
+def _quoted(name: str) -> str:
+    escaped = name.replace('"', '""')
+    return f'"{escaped}"'
