@@ -1,0 +1,44 @@
+"""Durable timers in the database that an application already has: libSQL or PostgreSQL, through SQLAlchemy.
+
+Importing this package registers its libSQL dialects as ``sqlite+libsql`` and ``sqlite+aiolibsql``, and does nothing
+else.
+"""
+
+from aion_timers import libsql
+from aion_timers.engine import prepare_sqlite
+from aion_timers.errors import (
+    DowngradeRefusedError,
+    ForeignRowError,
+    InvalidInputError,
+    MigrationError,
+    NotMigratedError,
+    PoolExhaustedError,
+    StoreUnavailableError,
+    TimerStoreError,
+    UnsafeEngineError,
+    UnsupportedBindError,
+)
+from aion_timers.repository import AsyncTimerRepository, TimerRepository
+from aion_timers.schema import Timer
+from aion_timers.values import TimerEntry, TimerId
+
+__all__ = [
+    "AsyncTimerRepository",
+    "DowngradeRefusedError",
+    "ForeignRowError",
+    "InvalidInputError",
+    "MigrationError",
+    "NotMigratedError",
+    "PoolExhaustedError",
+    "StoreUnavailableError",
+    "Timer",
+    "TimerEntry",
+    "TimerId",
+    "TimerRepository",
+    "TimerStoreError",
+    "UnsafeEngineError",
+    "UnsupportedBindError",
+    "prepare_sqlite",
+]
+
+libsql.register()

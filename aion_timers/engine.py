@@ -1,0 +1,188 @@
+"""Which engines are dependable, and what a database's refusal means.
+
+An engine is asked once, when the repository first meets it. The stock libSQL dialect is refused, since it loses
+updates and hides errors; so is the ``sqlite3`` driver in its default mode, in which a SAVEPOINT can commit a
+transaction that is rolled back later.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+from weakref import WeakSet
+
+from sqlalchemy import Connection, Engine, event
+from sqlalchemy.exc import DBAPIError, UnboundExecutionError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from aion_timers import libsql
+from aion_timers.errors import (
+    NotMigratedError,
+    PoolExhaustedError,
+    StoreUnavailableError,
+    UnsafeEngineError,
+    UnsupportedBindError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.pool import ConnectionPoolEntry
+
+MIGRATE: Final = "run `alembic upgrade head` or call aion_timers.migrate.upgrade(engine)"
+
+_DRIVERS: Final = {
+    "postgresql": {"psycopg", "psycopg_async", "asyncpg"},
+    "sqlite": {"libsql", "aiolibsql", "pysqlite", "aiosqlite"},
+}
+_OLDEST_SQLITE: Final = (3, 35)
+_BUSY_TIMEOUT: Final = 5000  # milliseconds, what sqlite3 waits if it is not told otherwise
+_OWN_AUTOCOMMIT: Final = "aion_timers.autocommit"
+
+_dependable: WeakSet[Engine] = WeakSet()
+
+
+def require_dependable(connection: Connection) -> None:
+    """Refuse a connection of an engine that would lose timers; an engine that passed is not asked again.
+
+    Raises:
+        UnsupportedBindError: the database or its driver is not supported.
+        UnsafeEngineError: the driver is, but not as this engine has set it up.
+    """
+    if connection.engine in _dependable:
+        return
+    dialect = connection.dialect
+    drivers = _DRIVERS.get(dialect.name)
+    if drivers is None:
+        raise UnsupportedBindError(
+            f"there is no support for the database {dialect.name!r}", "use PostgreSQL, a libSQL file or SQLite"
+        )
+    if dialect.driver not in drivers:
+        raise UnsupportedBindError(
+            f"there is no support for the driver {dialect.driver!r} of {dialect.name}",
+            f"make the engine with one of {', '.join(sorted(drivers))}, as in {dialect.name}+{min(drivers)}://",
+        )
+    if dialect.driver.endswith("libsql"):
+        if not libsql.is_sound(dialect):
+            raise UnsafeEngineError(
+                "the stock libSQL dialect loses updates and hides errors",
+                "import aion_timers before create_engine() is called: it puts a sound dialect under the same URL",
+            )
+    elif dialect.name == "sqlite":
+        _require_plain_sqlite(connection)
+    _dependable.add(connection.engine)
+
+
+def _require_plain_sqlite(connection: Connection) -> None:
+    version = connection.dialect.server_version_info or ()
+    if version < _OLDEST_SQLITE:
+        raise UnsupportedBindError(f"SQLite {'.'.join(map(str, version))} is too old", "3.35 is the oldest that serves")
+    driver: Any = connection.connection.driver_connection
+    driver = getattr(driver, "_conn", driver)  # aiosqlite shows no autocommit attribute
+    if driver.isolation_level is not None and getattr(driver, "autocommit", None) is not False:
+        raise UnsafeEngineError(
+            "the sqlite3 driver in its default mode begins no transaction before a SAVEPOINT, which then commits",
+            "call aion_timers.prepare_sqlite(engine) once, before the engine's first connection",
+        )
+
+
+def prepare_sqlite(engine: Engine | AsyncEngine) -> None:
+    """Make a plain ``sqlite://`` or ``sqlite+aiosqlite://`` engine dependable, once, before its first connection.
+
+    SQLAlchemy then emits BEGIN itself, as its documentation on the SQLite drivers advises, so that savepoints and DDL
+    belong to the transaction. A connection that waits for no lock at all (``timeout=0``) waits 5 seconds. Connections
+    at isolation level AUTOCOMMIT stay as they are. An engine of the libSQL dialects needs none of this.
+
+    Raises:
+        UnsupportedBindError: not an engine of these two drivers.
+    """
+    sync: Engine = getattr(engine, "sync_engine", engine)  # type: ignore[arg-type] # either kind of engine
+    if not isinstance(sync, Engine) or sync.dialect.driver not in {"pysqlite", "aiosqlite"}:
+        raise UnsupportedBindError(
+            "only engines of sqlite:// and sqlite+aiosqlite:// need to be prepared", "use this engine as it is"
+        )
+    if sync in _dependable:
+        return
+
+    @event.listens_for(sync, "connect")
+    def on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+        driver: Any = connection
+        record.info[_OWN_AUTOCOMMIT] = driver.isolation_level is None
+        driver.isolation_level = None
+        cursor = driver.cursor()
+        cursor.execute("PRAGMA busy_timeout")
+        if cursor.fetchone() == (0,):
+            cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT}")
+        cursor.close()
+
+    @event.listens_for(sync, "begin")
+    def on_begin(connection: Connection) -> None:
+        own = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+        if not own and not connection.info[_OWN_AUTOCOMMIT]:
+            connection.exec_driver_sql("BEGIN")
+
+    _dependable.add(sync)
+
+
+# -- what a refusal means ---------------------------------------------------------------------------------------------
+
+_MISSING: Final = re.compile(r"no such (?:table|column):? (?:\w+\.)?\w+|has no column named")
+_READ_ONLY: Final = re.compile(r"attempt to write a readonly database")
+_NO_FILE: Final = re.compile(r"unable to open (?:the )?database|can't be opened", re.IGNORECASE)
+_NO_DATABASE: Final = re.compile(r"file is not a database")
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn those errors of SQLAlchemy that a cure of ours answers into ours; let the others through.
+
+    Raises:
+        NotMigratedError: the table, or a column, does not exist.
+        PoolExhaustedError: no connection came free in time.
+        StoreUnavailableError: the file cannot be opened or written, or is no database.
+        UnsupportedBindError: the session has no engine for timers.
+    """
+    try:
+        yield
+    except PoolTimeoutError as error:
+        raise PoolExhaustedError(
+            f"no connection of the pool came free ({_first_line(error)})",
+            "give the engine a larger pool_size, or close sessions and connections sooner",
+        ) from error
+    except UnboundExecutionError as error:
+        raise UnsupportedBindError(
+            "the session has no engine for timers",
+            "give it one, as in Session(engine) or Session(binds={Timer: engine})",
+        ) from error
+    except DBAPIError as error:
+        if (ours := _explain(error)) is not None:
+            raise ours from error
+        raise
+
+
+def _explain(error: DBAPIError) -> Exception | None:
+    state = getattr(error.orig, "sqlstate", None)
+    text = _first_line(error.orig) if error.orig is not None else ""
+    if state in {"42P01", "42703", "3F000"} or (state is None and _MISSING.search(text)):
+        return NotMigratedError(f"the database is not migrated ({text})", MIGRATE)
+    if state == "25006" or _READ_ONLY.search(text):
+        return StoreUnavailableError(
+            f"the database can only be read ({text})",
+            "use a file and a directory that this process may write, or the primary server",
+        )
+    if _NO_DATABASE.search(text):
+        return StoreUnavailableError(
+            f"the file holds no SQLite database ({text})", "check the path in the URL, and the key of an encrypted file"
+        )
+    if _NO_FILE.search(text):
+        return StoreUnavailableError(
+            f"the file cannot be opened ({text})", "create its directory, and let this process write there"
+        )
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0]

@@ -1,0 +1,513 @@
+"""`TimerRepository` and `AsyncTimerRepository`: timers in the caller's own transaction.
+
+Each operation is written once, as a generator that yields statements with their parameters and is sent their results.
+The two classes differ in how they execute a statement, which is to say by the word ``await``.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Iterable, Sequence
+from datetime import datetime
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeAlias, TypeVar, get_args
+from uuid import UUID
+
+from sqlalchemy import Connection, CursorResult, Executable
+from sqlalchemy.orm import Session, scoped_session
+
+from aion_timers import statements
+from aion_timers.engine import explained, require_dependable
+from aion_timers.errors import ForeignRowError, InvalidInputError, UnsupportedBindError, shown
+from aion_timers.schema import SQLITE, Timer
+from aion_timers.statements import IfExists, Name, Parameters, Row
+from aion_timers.values import (
+    MAX_ENCODED_TIMER_ID,
+    NotCanonicalError,
+    TimerEntry,
+    TimerId,
+    check_workflow_id,
+    encode_timer_id,
+    utc,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+
+Clock: TypeAlias = Callable[[], datetime]
+Key: TypeAlias = tuple[UUID, TimerId]
+
+T = TypeVar("T")
+P = ParamSpec("P")
+Operation: TypeAlias = Generator[tuple[Executable, Parameters], CursorResult[Any], T]
+Forget: TypeAlias = Callable[[Iterable[Key]], None]
+
+_CHUNK: Final = 1000
+_MOST_ROWS: Final = 2**63 - 1
+_MOST_REPORTED: Final = 10_000
+
+_log = logging.getLogger(__name__)
+_reported: set[tuple[Any, ...]] = set()
+
+
+# -- arguments --------------------------------------------------------------------------------------------------------
+
+
+def _key(workflow_id: UUID, timer_id: TimerId | str | int) -> Key:
+    return check_workflow_id(workflow_id), TimerId.of(timer_id)
+
+
+def _writable(timer: TimerEntry) -> TimerEntry:
+    if not isinstance(timer, TimerEntry):
+        raise InvalidInputError(
+            "entries", timer, f"a {type(timer).__name__} is no TimerEntry", "pass TimerEntry objects"
+        )
+    name = timer.timer_id.value
+    if isinstance(name, str) and len(name) > MAX_ENCODED_TIMER_ID // 8:
+        size = len(encode_timer_id(timer.timer_id).encode())
+        if size > MAX_ENCODED_TIMER_ID:
+            raise InvalidInputError(
+                "timer_id",
+                name,
+                f"the name takes {size:,} bytes when it is encoded",
+                f"shorten it: {MAX_ENCODED_TIMER_ID:,} bytes are the most that every database takes",
+            )
+    return timer
+
+
+def _policy(if_exists: IfExists) -> IfExists:
+    if if_exists not in get_args(IfExists):
+        raise InvalidInputError("if_exists", if_exists, "unknown", f"pass one of {', '.join(get_args(IfExists))}")
+    return if_exists
+
+
+def _at_most(limit: int) -> int:
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= _MOST_ROWS:
+        raise InvalidInputError("limit", limit, "no number of timers", "pass an int from 1 on")
+    return limit
+
+
+def _names(names: Iterable[str] | None) -> Sequence[str] | None:
+    if names is None:
+        return None
+    if isinstance(names, str | bytes) or not isinstance(names, Iterable):
+        raise InvalidInputError(
+            "names", names, "not a collection of names", "pass a list, as in ['reminder', 'retry-*']"
+        )
+    return [TimerId.named(name).value for name in names]  # type: ignore[misc] # a named id's value is its name
+
+
+def _page(after: TimerEntry | None) -> TimerEntry | None:
+    if after is not None and not isinstance(after, TimerEntry):
+        raise InvalidInputError("after", after, "no TimerEntry", "pass the last entry of the page before")
+    return after
+
+
+# -- operations -------------------------------------------------------------------------------------------------------
+
+
+def _decoded(dialect: Name, rows: Iterable[Row]) -> Generator[tuple[Row, TimerEntry]]:
+    """The rows that are ours to read; each other one is left out, and logged when it is first seen."""
+    for row in rows:
+        try:
+            yield row, statements.decode(dialect, row)
+        except NotCanonicalError:
+            _report(tuple(row))
+
+
+def _report(row: tuple[Any, ...]) -> None:
+    if row not in _reported and len(_reported) < _MOST_REPORTED:
+        _reported.add(row)
+        texts = {name: shown(value) for name, value in zip(("workflow_id", "timer_id", "fire_at"), row, strict=True)}
+        _log.warning(
+            "left alone a row of timers that another program wrote in a form of its own: %s",
+            ", ".join(f"{name} {text}" for name, text in texts.items()),
+            extra={f"aion_{name}": text for name, text in texts.items()},
+        )
+
+
+def _refuse_foreign(rows: Iterable[Row]) -> None:
+    for row in rows:
+        raise ForeignRowError(
+            tuple(row),
+            "another program wrote a timer of this key in a form of its own, so it cannot be moved",
+            "correct or delete that row by hand, and schedule again",
+        )
+
+
+def _schedule(dialect: Name, forget: Forget, timer: TimerEntry, if_exists: IfExists) -> Operation[bool]:
+    result = yield statements.schedule(dialect, if_exists), statements.entry(dialect, timer)
+    changed = result.rowcount > 0
+    if not changed and dialect == SQLITE:
+        parameters = statements.entries(dialect, [timer], if_exists)
+        _refuse_foreign((yield statements.foreign_among(), parameters))
+    forget([(timer.workflow_id, timer.timer_id)])
+    return changed
+
+
+def _schedule_many(dialect: Name, forget: Forget, entries: Iterable[TimerEntry], if_exists: IfExists) -> Operation[int]:
+    changed = 0
+    source = iter(entries)
+    while chunk := [_writable(timer) for timer in islice(source, _CHUNK)]:
+        parameters = statements.entries(dialect, chunk, if_exists)
+        result = yield statements.schedule_many(dialect, if_exists), parameters
+        changed += result.rowcount
+        if dialect == SQLITE and result.rowcount < len(chunk):
+            _refuse_foreign((yield statements.foreign_among(), parameters))
+        forget((timer.workflow_id, timer.timer_id) for timer in chunk)
+    return changed
+
+
+def _read(
+    dialect: Name, statement: Executable, parameters: Parameters, limit: int | None = None
+) -> Operation[list[TimerEntry]]:
+    fetch = limit or 0
+    while True:
+        rows = (yield statement, {**parameters, "limit": fetch} if limit else parameters).all()
+        found = [timer for _, timer in _decoded(dialect, rows)]
+        if limit is None or len(found) >= limit or len(rows) < fetch:
+            return found
+        fetch = min(2 * fetch, _MOST_ROWS)
+
+
+def _expired(
+    dialect: Name, _: Forget, as_of: datetime | None, limit: int | None, after: TimerEntry | None
+) -> Operation[list[TimerEntry]]:
+    parameters = statements.due_at(dialect, as_of) if as_of else {}
+    if after:
+        parameters |= statements.after(dialect, after)
+    statement = statements.expired(dialect, at_clock=as_of is None, paged=after is not None, limited=limit is not None)
+    return (yield from _read(dialect, statement, parameters, limit))[:limit]
+
+
+def _next_fire_at(dialect: Name, _: Forget) -> Operation[datetime | None]:
+    first = yield from _read(dialect, statements.next_fire_at(dialect), {}, 1)
+    return first[0].fire_at if first else None
+
+
+def _get(dialect: Name, _: Forget, key: Key) -> Operation[TimerEntry | None]:
+    found = yield from _read(dialect, statements.get(dialect), statements.key(dialect, *key))
+    return found[0] if found else None
+
+
+def _list_workflow(dialect: Name, _: Forget, workflow_id: UUID) -> Operation[list[TimerEntry]]:
+    parameters = statements.workflow(dialect, workflow_id)
+    return (yield from _read(dialect, statements.list_workflow(dialect), parameters))
+
+
+def _cancel(dialect: Name, forget: Forget, key: Key) -> Operation[bool]:
+    result = yield statements.cancel(dialect), statements.key(dialect, *key)
+    forget([key])
+    return result.rowcount > 0
+
+
+def _cancel_workflow(dialect: Name, forget: Forget, workflow_id: UUID) -> Operation[int]:
+    parameters = statements.workflow(dialect, workflow_id)
+    if dialect == SQLITE:
+        yield statements.lock(), {}
+        rows = (yield statements.list_workflow(dialect), parameters).all()
+        gone = yield from _delete(list(_decoded(dialect, rows)))
+    else:
+        gone = [timer for _, timer in _decoded(dialect, (yield statements.cancel_workflow(), parameters))]
+    forget((timer.workflow_id, timer.timer_id) for timer in gone)
+    return len(gone)
+
+
+def _take(
+    dialect: Name, forget: Forget, as_of: datetime | None, limit: int, names: Sequence[str] | None
+) -> Operation[list[TimerEntry]]:
+    parameters = statements.due_at(dialect, as_of) if as_of else {}
+    if names is not None:
+        parameters |= statements.named(dialect, names)
+    flags = {"at_clock": as_of is None, "with_names": names is not None}
+    if dialect == SQLITE:
+        taken = yield from _take_decoded(
+            statements.expired(dialect, paged=False, limited=True, **flags), parameters, limit
+        )
+    else:
+        rows = (yield statements.take(**flags), {**parameters, "limit": limit}).all()
+        taken = [timer for _, timer in _decoded(dialect, sorted(rows, key=statements.order))]
+    forget((timer.workflow_id, timer.timer_id) for timer in taken)
+    return taken
+
+
+def _take_decoded(statement: Executable, parameters: Parameters, limit: int) -> Operation[list[TimerEntry]]:
+    """Read, decode, and only then delete what is ours, until the limit is full."""
+    yield statements.lock(), {}
+    taken: list[TimerEntry] = []
+    fetch = limit
+    while True:
+        rows = (yield statement, {**parameters, "limit": fetch}).all()
+        gone = yield from _delete(list(islice(_decoded(SQLITE, rows), limit - len(taken))))
+        taken += gone
+        if len(taken) >= limit or len(rows) < fetch:
+            return taken
+        if not gone:
+            fetch = min(2 * fetch, _MOST_ROWS)
+
+
+def _delete(ours: Sequence[tuple[Row, TimerEntry]]) -> Operation[list[TimerEntry]]:
+    if not ours:
+        return []
+    result = yield statements.delete_rows(), statements.raw_rows(row for row, _ in ours)
+    gone = {tuple(row) for row in result}
+    # outside a transaction another one may have had some of them meanwhile
+    return [timer for row, timer in ours if tuple(row) in gone]
+
+
+# -- repositories -----------------------------------------------------------------------------------------------------
+
+
+class _Clocked:
+    """What both repositories know: a clock, if it is not the database's, and a session's loaded timers."""
+
+    _bind: Any
+    _clock: Clock | None
+
+    def _as_of(self, as_of: datetime | None) -> datetime | None:
+        if as_of is not None:
+            return utc("as_of", as_of)
+        return None if self._clock is None else utc("clock", self._clock())
+
+    def _forget(self, keys: Iterable[Key]) -> None:
+        loaded = getattr(self._bind, "identity_map", None)
+        if not loaded:
+            return
+        for key in keys:
+            timer = loaded.get(Timer.__mapper__.identity_key_from_primary_key(key))
+            if timer is not None:
+                self._bind.expire(timer)
+
+
+class TimerRepository(_Clocked):
+    """Timers in the transaction of a Session, a scoped_session or a Connection.
+
+    Nothing is committed here: what a method wrote becomes durable when the caller commits, and is gone when the caller
+    rolls back. A `Timer` that the session has loaded is expired when its row is changed. Timers come back in the order
+    of ``fire_at``, then workflow id, then timer id, which is the same on every database.
+
+    A row that another program wrote into a SQLite file in a form of its own is never returned, moved or deleted; it is
+    logged once.
+
+    Args:
+        bind: the Session, scoped_session or Connection.
+        clock: tells the current instant as an aware datetime. By default the database's clock decides.
+
+    Every method raises:
+        InvalidInputError: an argument cannot be stored or asked for; nothing was changed.
+        UnsupportedBindError: the bind, the database or its driver is not supported or not dependable.
+        NotMigratedError: the table does not exist; the message says which command makes it.
+        PoolExhaustedError, StoreUnavailableError: the database cannot be reached or written.
+    """
+
+    def __init__(self, bind: Session | scoped_session[Any] | Connection, *, clock: Clock | None = None) -> None:
+        if not isinstance(bind, Session | scoped_session | Connection):
+            raise UnsupportedBindError(f"TimerRepository does not take {_article(bind)}", _cure(bind, "Async"))
+        self._bind = bind
+        self._clock = clock
+
+    def _run(
+        self, operation: Callable[Concatenate[Name, Forget, P], Operation[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        with explained():
+            bind = self._bind
+            connection = bind if isinstance(bind, Connection) else bind.connection(bind_arguments={"mapper": Timer})
+            require_dependable(connection)
+            steps = operation(statements.dialect_name(connection.dialect), self._forget, *args, **kwargs)
+            try:
+                statement, parameters = next(steps)
+                while True:
+                    statement, parameters = steps.send(connection.execute(statement, parameters))
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+
+    def schedule(
+        self, workflow_id: UUID, timer_id: TimerId | str | int, fire_at: datetime, *, if_exists: IfExists = "replace"
+    ) -> bool:
+        """Insert the timer, or change the one that has this key.
+
+        Args:
+            workflow_id: whose timer it is.
+            timer_id: a name (``str``), a position in the workflow's sequence (``int``), or a `TimerId`.
+            fire_at: an aware datetime, any zone; from this instant on the timer is due. What is finer than a
+                microsecond is rounded up, so that it never fires early.
+            if_exists: ``replace`` moves the timer, ``keep`` leaves it, ``earliest`` and ``latest`` move it if the new
+                instant is before or after its own.
+
+        Returns:
+            Whether the row was inserted or moved; ``replace`` always does one of the two.
+
+        Raises:
+            ForeignRowError: another program's row stands under this key, in a form that cannot be moved.
+        """
+        timer = _writable(TimerEntry(workflow_id, timer_id, fire_at))
+        return self._run(_schedule, timer, _policy(if_exists))
+
+    def schedule_many(self, entries: Iterable[TimerEntry], *, if_exists: IfExists = "replace") -> int:
+        """Schedule any number of timers, as if one after the other in the order given.
+
+        They are written in chunks of 1,000, one statement a chunk, so a generator of any length needs little memory.
+        Within a chunk rows are locked in the order of their keys; across chunks no order can be kept, so two such calls
+        with overlapping keys can deadlock on PostgreSQL, and the transaction that the database ends is to be retried.
+        If an entry is refused, the chunks before it are written: roll back.
+
+        Returns:
+            How many rows were inserted or moved; one that several entries name counts once a chunk.
+
+        Raises:
+            ForeignRowError: another program's row stands under one of the keys, in a form that cannot be moved.
+        """
+        return self._run(_schedule_many, entries, _policy(if_exists))
+
+    def expired(
+        self, as_of: datetime | None = None, *, limit: int | None = None, after: TimerEntry | None = None
+    ) -> list[TimerEntry]:
+        """The due timers in order: those with ``fire_at <= as_of``, by default as of now.
+
+        Args:
+            as_of: an aware datetime.
+            limit: how many at most; None is all of them.
+            after: the last entry of the page before.
+        """
+        return self._run(_expired, self._as_of(as_of), None if limit is None else _at_most(limit), _page(after))
+
+    def get(self, workflow_id: UUID, timer_id: TimerId | str | int) -> TimerEntry | None:
+        """The timer of this key, or None."""
+        return self._run(_get, _key(workflow_id, timer_id))
+
+    def list_workflow(self, workflow_id: UUID) -> list[TimerEntry]:
+        """All timers of one workflow, in order."""
+        return self._run(_list_workflow, check_workflow_id(workflow_id))
+
+    def cancel(self, workflow_id: UUID, timer_id: TimerId | str | int) -> bool:
+        """Delete the timer of this key; whether there was one."""
+        return self._run(_cancel, _key(workflow_id, timer_id))
+
+    def cancel_workflow(self, workflow_id: UUID) -> int:
+        """Delete all timers of one workflow; how many there were."""
+        return self._run(_cancel_workflow, check_workflow_id(workflow_id))
+
+    def next_fire_at(self) -> datetime | None:
+        """The earliest instant of all timers, due or not, or None if there is no timer."""
+        return self._run(_next_fire_at)
+
+    def take(
+        self, as_of: datetime | None = None, *, limit: int, names: Iterable[str] | None = None
+    ) -> list[TimerEntry]:
+        """Delete the first due timers and return them, so that they belong to this transaction alone.
+
+        On PostgreSQL, timers whose rows another transaction has locked are passed over. A timer that is scheduled again
+        in the same transaction is a new row, which another transaction's `cancel` that waits meanwhile does not see.
+
+        Args:
+            as_of: an aware datetime, by default now.
+            limit: how many at most.
+            names: only timers of these names; one that ends with ``*`` stands for every name that begins so. By default
+                every timer, anonymous ones too.
+        """
+        return self._run(_take, self._as_of(as_of), _at_most(limit), _names(names))
+
+
+class AsyncTimerRepository(_Clocked):
+    """Like `TimerRepository`, for an AsyncSession, an async_scoped_session or an AsyncConnection."""
+
+    def __init__(
+        self, bind: AsyncSession | async_scoped_session[Any] | AsyncConnection, *, clock: Clock | None = None
+    ) -> None:
+        if not isinstance(bind, _async_binds()):
+            raise UnsupportedBindError(f"AsyncTimerRepository does not take {_article(bind)}", _cure(bind, ""))
+        self._bind = bind
+        self._clock = clock
+
+    async def _run(
+        self, operation: Callable[Concatenate[Name, Forget, P], Operation[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        with explained():
+            bind = self._bind
+            connection: AsyncConnection = (
+                await bind.connection(bind_arguments={"mapper": Timer}) if hasattr(bind, "identity_map") else bind
+            )
+            await connection.run_sync(require_dependable)
+            steps = operation(statements.dialect_name(connection.dialect), self._forget, *args, **kwargs)
+            try:
+                statement, parameters = next(steps)
+                while True:
+                    statement, parameters = steps.send(await connection.execute(statement, parameters))
+            except StopIteration as stop:
+                result: T = stop.value
+                return result
+
+    async def schedule(
+        self, workflow_id: UUID, timer_id: TimerId | str | int, fire_at: datetime, *, if_exists: IfExists = "replace"
+    ) -> bool:
+        """Like `TimerRepository.schedule`."""
+        timer = _writable(TimerEntry(workflow_id, timer_id, fire_at))
+        return await self._run(_schedule, timer, _policy(if_exists))
+
+    async def schedule_many(self, entries: Iterable[TimerEntry], *, if_exists: IfExists = "replace") -> int:
+        """Like `TimerRepository.schedule_many`."""
+        return await self._run(_schedule_many, entries, _policy(if_exists))
+
+    async def expired(
+        self, as_of: datetime | None = None, *, limit: int | None = None, after: TimerEntry | None = None
+    ) -> list[TimerEntry]:
+        """Like `TimerRepository.expired`."""
+        return await self._run(_expired, self._as_of(as_of), None if limit is None else _at_most(limit), _page(after))
+
+    async def get(self, workflow_id: UUID, timer_id: TimerId | str | int) -> TimerEntry | None:
+        """Like `TimerRepository.get`."""
+        return await self._run(_get, _key(workflow_id, timer_id))
+
+    async def list_workflow(self, workflow_id: UUID) -> list[TimerEntry]:
+        """Like `TimerRepository.list_workflow`."""
+        return await self._run(_list_workflow, check_workflow_id(workflow_id))
+
+    async def cancel(self, workflow_id: UUID, timer_id: TimerId | str | int) -> bool:
+        """Like `TimerRepository.cancel`."""
+        return await self._run(_cancel, _key(workflow_id, timer_id))
+
+    async def cancel_workflow(self, workflow_id: UUID) -> int:
+        """Like `TimerRepository.cancel_workflow`."""
+        return await self._run(_cancel_workflow, check_workflow_id(workflow_id))
+
+    async def next_fire_at(self) -> datetime | None:
+        """Like `TimerRepository.next_fire_at`."""
+        return await self._run(_next_fire_at)
+
+    async def take(
+        self, as_of: datetime | None = None, *, limit: int, names: Iterable[str] | None = None
+    ) -> list[TimerEntry]:
+        """Like `TimerRepository.take`."""
+        return await self._run(_take, self._as_of(as_of), _at_most(limit), _names(names))
+
+
+# -- binds ------------------------------------------------------------------------------------------------------------
+
+
+def _async_binds() -> tuple[type, ...]:
+    try:
+        from sqlalchemy.ext.asyncio import (  # noqa: PLC0415 - greenlet, which it needs, is an extra
+            AsyncConnection,
+            AsyncSession,
+            async_scoped_session,
+        )
+    except ImportError as error:
+        raise UnsupportedBindError(
+            "AsyncTimerRepository needs greenlet, which is not installed", "pip install 'aion-timers[asyncio]'"
+        ) from error
+    return AsyncSession, async_scoped_session, AsyncConnection
+
+
+def _article(bind: object) -> str:
+    name = bind.__name__ if isinstance(bind, type) else type(bind).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def _cure(bind: object, other: str) -> str:
+    name = type(bind).__name__
+    if name in {"Engine", "OptionEngine", "AsyncEngine", "sessionmaker", "async_sessionmaker"}:
+        return "open a session or a connection and pass that: its transaction is the caller's"
+    if "Session" in name or "session" in name or "Connection" in name:
+        return f"use {other}TimerRepository for it"
+    return f"pass {'a' if other else 'an async'} session or connection of SQLAlchemy"

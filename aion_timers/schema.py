@@ -1,0 +1,318 @@
+"""The table ``timers``: its metadata, its column types, and the declarative model `Timer`.
+
+On PostgreSQL the columns have native types. On the SQLite family they hold the text of `aion_timers.values`, which
+another program reads and writes too. Columns are read as bytes there, since text that is not UTF-8 makes the drivers
+fail, and decoded here.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
+
+from sqlalchemy import (
+    CheckConstraint,
+    ColumnElement,
+    Dialect,
+    Index,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    TypeDecorator,
+    Uuid,
+    and_,
+    case,
+    cast,
+    func,
+    literal_column,
+    select,
+)
+from sqlalchemy.dialects.postgresql import TIMESTAMP
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.sql import operators
+from sqlalchemy.sql.expression import FunctionElement, SelectBase
+
+from aion_timers.errors import ForeignRowError
+from aion_timers.values import (
+    MAX_ENCODED_TIMER_ID,
+    NotCanonicalError,
+    TimerId,
+    check_workflow_id,
+    decode_instant,
+    decode_timer_id,
+    decode_workflow_id,
+    encode_instant,
+    encode_timer_id,
+    encode_workflow_id,
+    utc,
+)
+
+if TYPE_CHECKING:
+    from sqlalchemy.sql.compiler import SQLCompiler
+    from sqlalchemy.types import TypeEngine
+
+SQLITE: Final = "sqlite"
+POSTGRESQL: Final = "postgresql"
+
+
+# -- columns as they are read -----------------------------------------------------------------------------------------
+
+
+class _AsRead(FunctionElement[Any]):
+    """A column in the form in which a SELECT list or RETURNING fetches it."""
+
+    inherit_cache = True
+
+    def __init__(self, column: ColumnElement[Any]) -> None:
+        super().__init__(column)
+        self.type = column.type
+
+
+@compiles(_AsRead)
+def _as_is(element: _AsRead, compiler: SQLCompiler, **options: Any) -> str:  # noqa: ANN401 - the compiler's own options
+    (column,) = element.clauses
+    return compiler.process(column, **options)
+
+
+def stored_bytes(column: ColumnElement[Any]) -> ColumnElement[Any]:
+    """The bytes of stored text on the SQLite family; of a value that is no text, a ``str`` that shows it."""
+    text = func.typeof(column) == literal_column("'text'")
+    return case((text, cast(column, LargeBinary)), else_=literal_column("'not text: '").concat(func.hex(column)))
+
+
+@compiles(_AsRead, SQLITE)
+def _as_bytes(element: _AsRead, compiler: SQLCompiler, **options: Any) -> str:  # noqa: ANN401 - the compiler's own options
+    (column,) = element.clauses
+    return compiler.process(stored_bytes(column), **options)
+
+
+class _InstantAsRead(_AsRead):
+    inherit_cache = True
+
+
+@compiles(_InstantAsRead, POSTGRESQL)
+def _in_utc(element: _InstantAsRead, compiler: SQLCompiler, **options: Any) -> str:  # noqa: ANN401 - the compiler's own options
+    # psycopg reads an instant in the session's time zone, where the ends of the range are no datetimes
+    (column,) = element.clauses
+    return compiler.process(func.timezone(literal_column("'UTC'"), column), **options)
+
+
+# -- ids that meet a host's own columns -------------------------------------------------------------------------------
+
+
+class _WorkflowIdOf(FunctionElement[Any]):
+    """A host's UUID column, written as ``timers.workflow_id`` is."""
+
+    inherit_cache = True
+    name = "workflow_id_of"
+
+
+class _UuidOf(FunctionElement[Any]):
+    """``timers.workflow_id``, written as SQLAlchemy's `Uuid` column type is."""
+
+    inherit_cache = True
+    name = "uuid_of"
+
+
+@compiles(_WorkflowIdOf, POSTGRESQL)
+@compiles(_UuidOf, POSTGRESQL)
+def _native(element: FunctionElement[Any], compiler: SQLCompiler, **options: Any) -> str:  # noqa: ANN401 - the compiler's own options
+    (column,) = element.clauses
+    return compiler.process(column, **options)
+
+
+@compiles(_WorkflowIdOf, SQLITE)
+def _quoted(element: _WorkflowIdOf, compiler: SQLCompiler, **options: Any) -> str:  # noqa: ANN401 - the compiler's own options
+    (column,) = element.clauses
+    digits = [
+        func.substr(column, start, length, type_=Text) for start, length in ((1, 8), (9, 4), (13, 4), (17, 4), (21, 12))
+    ]
+    text = func.lower(digits[0] + "-" + digits[1] + "-" + digits[2] + "-" + digits[3] + "-" + digits[4])
+    return "(" + compiler.process(func.json_quote(text), **options) + ")"
+
+
+@compiles(_UuidOf, SQLITE)
+def _digits(element: _UuidOf, compiler: SQLCompiler, **options: Any) -> str:  # noqa: ANN401 - the compiler's own options
+    (column,) = element.clauses
+    return compiler.process(func.replace(func.trim(column, '"'), "-", ""), **options)
+
+
+class _WorkflowIds(TypeDecorator.Comparator[UUID]):
+    """Compares with a host's `Uuid` columns, which the SQLite family stores in another form.
+
+    Only the left operand of an operator is asked, so the timer's column has to stand there.
+    """
+
+    def operate(self, op: Any, *other: Any, **kwargs: Any) -> ColumnElement[Any]:  # noqa: ANN401 - as the base declares
+        if len(other) == 1:
+            operand = other[0].__clause_element__() if hasattr(other[0], "__clause_element__") else other[0]
+            if isinstance(operand, ColumnElement) and isinstance(operand.type, Uuid):
+                same = super().operate(op, _WorkflowIdOf(operand), **kwargs)
+                # said both ways round, either table's index can serve the join
+                return and_(same, operators.eq(operand, _UuidOf(self.expr))) if op is operators.eq else same
+            if op in (operators.in_op, operators.not_in_op) and isinstance(operand, SelectBase):
+                (column,) = operand.subquery().columns
+                if isinstance(column.type, Uuid):
+                    return super().operate(op, select(_WorkflowIdOf(column)), **kwargs)
+        return super().operate(op, *other, **kwargs)
+
+
+# -- column types -----------------------------------------------------------------------------------------------------
+
+
+def _foreign(problem: str, stored: object) -> ForeignRowError:
+    return ForeignRowError(
+        (stored,),
+        problem,
+        "another program wrote it, and it is left as it is; the methods of the repository read round such rows",
+    )
+
+
+class WorkflowIdType(TypeDecorator[UUID]):
+    """A UUID: native on PostgreSQL, the UUID as a JSON string on the SQLite family.
+
+    Compares with a host's `Uuid` column if it stands on the left: ``Timer.workflow_id == Order.id``.
+    """
+
+    impl = Text
+    cache_ok = True
+    comparator_factory = _WorkflowIds
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return Uuid() if dialect.name == POSTGRESQL else Text()
+
+    def process_bind_param(self, value: UUID | None, dialect: Dialect) -> UUID | str | None:
+        if value is None:
+            return None
+        workflow_id = check_workflow_id(value)
+        return workflow_id if dialect.name == POSTGRESQL else encode_workflow_id(workflow_id)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> UUID | None:  # noqa: ANN401 - what the driver gives
+        if value is None or isinstance(value, UUID):
+            return value
+        try:
+            return decode_workflow_id(value.decode())
+        except (NotCanonicalError, UnicodeDecodeError, AttributeError):
+            raise _foreign("its workflow id is not in canonical form", value) from None
+
+    def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
+        return _AsRead(column)
+
+
+class TimerIdType(TypeDecorator[TimerId]):
+    """A `TimerId` as compact JSON text, in byte order on every database. Binds a plain ``str`` or ``int`` too."""
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return Text(collation="C") if dialect.name == POSTGRESQL else Text()
+
+    def process_bind_param(self, value: TimerId | str | int | None, dialect: Dialect) -> str | None:
+        return None if value is None else encode_timer_id(TimerId.of(value))
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> TimerId | None:  # noqa: ANN401 - what the driver gives
+        if value is None:
+            return None
+        try:
+            return decode_timer_id(value if dialect.name == POSTGRESQL else value.decode())
+        except (NotCanonicalError, UnicodeDecodeError, AttributeError):
+            raise _foreign("its timer id is not in canonical form", value) from None
+
+    def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
+        return _AsRead(column)
+
+
+class InstantType(TypeDecorator[datetime]):
+    """An aware datetime, read in UTC: a timestamp on PostgreSQL, RFC 3339 text with nine digits on the SQLite family.
+
+    A stored fraction finer than a microsecond is rounded up when it is read.
+    """
+
+    impl = Text
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return TIMESTAMP(timezone=True) if dialect.name == POSTGRESQL else Text()
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | str | None:
+        if value is None:
+            return None
+        instant = utc("instant", value)
+        return instant if dialect.name == POSTGRESQL else encode_instant(instant)
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:  # noqa: ANN401 - what the driver gives
+        if value is None:
+            return None
+        if isinstance(value, datetime):
+            return value.replace(tzinfo=UTC)
+        try:
+            return decode_instant(value.decode())
+        except (NotCanonicalError, UnicodeDecodeError, AttributeError):
+            raise _foreign("its instant is not in canonical form", value) from None
+
+    def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
+        return _InstantAsRead(column)
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+metadata = MetaData()
+
+
+class Base(DeclarativeBase):
+    """The base of this library's model, with a metadata of its own, apart from a host's."""
+
+    metadata = metadata
+
+
+_TIMER_ID_SHAPE: Final = (
+    r'^\{("Named":"([^"\\\x01-\x1f]|\\(["\\bfnrt]|u00[01][0-9a-f]))*"|"Anonymous":(0|[1-9][0-9]{0,19}))\}$'
+)
+
+
+class Timer(Base):
+    """A timer, for reading and for joining with a host's own tables.
+
+    In a comparison with a host's `Uuid` column the timer's column has to stand on the left, since the SQLite family
+    stores the two in different forms and only the left operand can know::
+
+        select(Order).join(Timer, Timer.workflow_id == Order.id)
+        select(Timer).where(Timer.workflow_id.in_(select(Order.id)))
+        select(Order).where(~exists().where(Timer.workflow_id == Order.id))  # not Order.id.not_in(...)
+
+    Writing through the model goes past what the repository does when a timer is moved or cancelled: use
+    `TimerRepository` for that. On the SQLite family a row that another program wrote in a form of its own raises
+    `ForeignRowError` when it is loaded here; the repository reads round it.
+    """
+
+    __tablename__ = "timers"
+
+    workflow_id: Mapped[UUID] = mapped_column(WorkflowIdType, primary_key=True)
+    timer_id: Mapped[TimerId] = mapped_column(TimerIdType, primary_key=True)
+    fire_at: Mapped[datetime] = mapped_column(InstantType)
+
+    __table_args__ = (
+        Index("idx_timers_fire_at", "fire_at", "workflow_id", "timer_id"),
+        # the SQLite family's table is shared with another program, which may write what it likes
+        CheckConstraint(
+            f"timer_id ~ '{_TIMER_ID_SHAPE}' AND octet_length(timer_id) <= {MAX_ENCODED_TIMER_ID}"
+            " AND CASE WHEN left(timer_id, 13) = '{\"Anonymous\":'"
+            " THEN substr(timer_id, 14, length(timer_id) - 14)::numeric <= 18446744073709551615 ELSE true END",
+            name="ck_timers_timer_id",
+        ).ddl_if(dialect=POSTGRESQL),
+        CheckConstraint(
+            "fire_at >= '0001-01-01 00:00:00+00' AND fire_at <= '9999-12-31 23:59:59.999999+00'",
+            name="ck_timers_fire_at",
+        ).ddl_if(dialect=POSTGRESQL),
+        {"sqlite_with_rowid": False},
+    )
+
+    def __repr__(self) -> str:
+        return f"Timer(workflow_id={self.workflow_id!r}, timer_id={self.timer_id!r}, fire_at={self.fire_at!r})"
+
+
+timers: Final[Table] = metadata.tables["timers"]
