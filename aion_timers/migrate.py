@@ -1,0 +1,580 @@
+"""Migrations of the table ``timers``, on a connection or an engine that the caller owns.
+
+The scripts are those of Alembic's command line; the version is kept in a table of its own, ``aion_timers_version``, so
+a host's own migrations are not touched. With an async engine::
+
+    async with engine.begin() as connection:
+        await connection.run_sync(migrate.upgrade)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from argparse import Namespace
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import alembic.context
+import alembic.op
+from alembic import command
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from alembic.util import CommandError
+from sqlalchemy import CheckConstraint, Connection, Engine, Row, column, inspect, select, table, text
+from sqlalchemy.exc import DBAPIError, MissingGreenlet
+from sqlalchemy.schema import CreateTable
+from sqlalchemy.util import await_only
+
+from aion_timers.engine import MIGRATE, explained, require_dependable
+from aion_timers.errors import InvalidInputError, MigrationError, NotMigratedError, UnsupportedBindError
+from aion_timers.schema import POSTGRESQL, timers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["check", "current", "downgrade", "upgrade"]
+
+Bind: TypeAlias = Connection | Engine
+
+VERSION_TABLE: Final = "aion_timers_version"
+
+_LOCK_TIMEOUT: Final = 30  # seconds
+_LOCK_KEY: Final = int.from_bytes(b"aiontmrs")
+POSTGRESQL_LOCK: Final = (
+    f"SELECT set_config('lock_timeout', '{_LOCK_TIMEOUT}s', true) WHERE current_setting('lock_timeout') = '0'",
+    f"SELECT pg_advisory_xact_lock({_LOCK_KEY})",
+)
+"""What makes one migration of a PostgreSQL database wait for another; a lock timeout that a host has set stands."""
+
+
+# -- what hosts call --------------------------------------------------------------------------------------------------
+
+
+def upgrade(bind: Bind, revision: str = "head") -> None:
+    """Create or adopt the table ``timers``, or bring it up to a revision.
+
+    On an engine it is one transaction of its own, committed here; an engine that is at the head already takes no lock.
+    On a connection it belongs to the caller's transaction, which the caller commits; a failed one leaves nothing
+    behind there, even if the caller commits. Programs that migrate one database at once wait for each other; on
+    PostgreSQL that needs READ COMMITTED, PostgreSQL's default.
+
+    Args:
+        bind: a connection or an engine; of async ones, what ``run_sync`` hands over.
+        revision: how far.
+
+    Raises:
+        MigrationError: a table of that name is there that nobody can work on, another migration holds the lock for too
+            long, or a newer version of the library has migrated the database.
+        InvalidInputError: there is no such revision.
+        UnsupportedBindError: not a connection or engine, or one at isolation level AUTOCOMMIT.
+        StoreUnavailableError: the database cannot be opened or written.
+    """
+    if revision == "head" and isinstance(bind, Engine) and current(bind) == _head():
+        return
+    with _writing(bind) as connection:
+        _run(command.upgrade, connection, revision)
+
+
+def downgrade(bind: Bind, revision: str = "base", *, force: bool = False) -> None:
+    """Take the table ``timers`` back to a revision, by default to what was there before.
+
+    A table that the other program made gets its own index back and keeps its timers. One of ours is dropped, which is
+    refused while it holds timers. Transactions are those of `upgrade`.
+
+    Args:
+        bind: a connection or an engine; of async ones, what ``run_sync`` hands over.
+        revision: how far.
+        force: drop the timers, too.
+
+    Raises:
+        DowngradeRefusedError: timers would be dropped, and ``force`` was not given.
+        MigrationError: another migration holds the lock for too long, or a newer version of the library has migrated
+            the database.
+        InvalidInputError: there is no such revision.
+        UnsupportedBindError: not a connection or engine, or one at isolation level AUTOCOMMIT.
+        StoreUnavailableError: the database cannot be opened or written.
+    """
+    with _writing(bind) as connection:
+        _run(command.downgrade, connection, revision, force=force)
+
+
+def current(bind: Bind) -> str | None:
+    """The revision that the database is at, None if it was never migrated. It only reads, and takes no lock.
+
+    Raises:
+        UnsupportedBindError: not a connection or engine.
+        StoreUnavailableError: the database cannot be opened.
+    """
+    with _reading(bind) as connection:
+        return ", ".join(sorted(_revisions(connection))) or None
+
+
+def check(bind: Bind) -> None:
+    """Compare the database with what this version works with. It only reads, and takes no lock.
+
+    Compared are the revision and the whole table: types, collations, keys, indexes, CHECK constraints, how it is
+    stored. Columns, indexes and other things that a host has added are left alone as long as rows without them can be
+    written; so are PostgreSQL's autovacuum settings.
+
+    Raises:
+        NotMigratedError: something is missing; the message names all of it and the command that mends it.
+        MigrationError: something is different, or a newer version of the library has migrated the database.
+        UnsupportedBindError: not a connection or engine.
+        StoreUnavailableError: the database cannot be opened.
+    """
+    with _reading(bind) as connection:
+        revisions = _revisions(connection)
+        if not revisions:
+            raise NotMigratedError("the database is not migrated", MIGRATE)
+        require_known(connection)
+        if revisions != {_head()}:
+            raise NotMigratedError(
+                f"the database is at revision {', '.join(sorted(revisions))}, and this version works with {_head()}",
+                MIGRATE,
+            )
+        if differences := list(_differences(connection)):
+            what = "; ".join(difference for difference, _, _ in differences)
+            cure = "; ".join(dict.fromkeys(mend for _, mend, _ in differences))
+            missing = any(is_missing for _, _, is_missing in differences)
+            raise (NotMigratedError if missing else MigrationError)(
+                f"the table {timers.name!r} differs: {what}", f"run {cure}"
+            )
+
+
+# -- connections ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _reading(bind: Bind) -> Iterator[Connection]:
+    with explained(), _connection(bind) as connection:
+        _require_supported(connection)
+        yield connection
+
+
+@contextmanager
+def _writing(bind: Bind) -> Iterator[Connection]:
+    with _connection(bind) as connection:
+        _require_supported(connection)
+        if connection is not bind:
+            with own_transaction(connection):
+                yield connection
+        elif _is_autocommit(connection):
+            raise UnsupportedBindError(
+                "the connection is at isolation level AUTOCOMMIT, where a failed migration leaves half of it behind",
+                "pass the engine, or a connection with a transaction, as in: with engine.begin() as connection",
+            )
+        else:
+            with _locked(connection):
+                yield connection
+
+
+@contextmanager
+def _connection(bind: Bind) -> Iterator[Connection]:
+    if isinstance(bind, Connection):
+        yield bind
+    elif isinstance(bind, Engine):
+        try:
+            with explained():
+                connection = bind.connect()
+        except MissingGreenlet as error:
+            raise _unsupported(bind) from error
+        with connection:
+            yield connection
+    else:
+        raise _unsupported(bind)
+
+
+def _unsupported(bind: object) -> UnsupportedBindError:
+    name = type(bind).__name__
+    if "sync" in type(bind).__module__ or isinstance(bind, Engine):
+        cure = "async with engine.begin() as connection: await connection.run_sync(migrate.upgrade)"
+        if name in {"AsyncSession", "async_scoped_session"}:
+            cure = "connection = await session.connection(); await connection.run_sync(migrate.upgrade)"
+        return UnsupportedBindError(f"migrations run on a sync connection, not on an {name}", f"write: {cure}")
+    if hasattr(bind, "connection"):
+        return UnsupportedBindError(
+            f"migrations run on a connection or an engine, not on a {name}", "pass session.connection()"
+        )
+    return UnsupportedBindError(f"a {name} is no connection", "pass a Connection or an Engine of SQLAlchemy")
+
+
+def _require_supported(connection: Connection) -> None:
+    # a plain sqlite3 connection in its default mode is not good enough for the repository, but it is once BEGIN is said
+    if connection.dialect.driver not in {"pysqlite", "aiosqlite"}:
+        require_dependable(connection)
+
+
+def _is_autocommit(connection: Connection) -> bool:
+    return "AUTOCOMMIT" in {connection.get_execution_options().get("isolation_level"), connection.get_isolation_level()}
+
+
+@contextmanager
+def own_transaction(connection: Connection) -> Iterator[None]:
+    """Hold the migration lock in a transaction of the connection, which has none yet, and commit it at the end.
+
+    Raises:
+        MigrationError: another program holds the lock.
+    """
+    _require_supported(connection)
+    if connection.dialect.name == POSTGRESQL:
+        connection.execution_options(isolation_level="READ COMMITTED")
+    elif "libsql" in connection.dialect.driver:
+        connection.execution_options(isolation_level="IMMEDIATE")
+    with connection.begin(), _locked(connection):
+        yield
+
+
+# -- locks ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(connection: Connection) -> Iterator[None]:
+    """Hold the lock that the whole database's migrations share until the transaction ends, and undo what fails."""
+    if connection.dialect.name == POSTGRESQL:
+        with connection.begin_nested():
+            before = connection.exec_driver_sql("SHOW lock_timeout").scalar_one()
+            with explained(), _lock_explained():
+                for statement in POSTGRESQL_LOCK:
+                    connection.exec_driver_sql(statement)
+            yield
+            connection.execute(text("SELECT set_config('lock_timeout', :before, true)"), {"before": before})
+    else:
+        with explained(), _lock_explained():
+            _take_write_lock(connection)
+        with connection.begin_nested():
+            yield
+
+
+def _take_write_lock(connection: Connection) -> None:
+    if not connection.in_transaction():
+        connection.begin()
+    driver: Any = connection.connection.driver_connection
+    if "libsql" not in connection.dialect.driver and not driver.in_transaction:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        return
+    # a transaction that began as a reader takes the lock with its first write; this one leaves nothing behind
+    attempt = connection.begin_nested()
+    connection.exec_driver_sql(f"CREATE TABLE {_prefix(connection)}{VERSION_TABLE}_lock (held)")
+    attempt.rollback()
+
+
+@contextmanager
+def _lock_explained() -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        if getattr(error.orig, "sqlstate", None) == "55P03" or "is locked" in str(error.orig):
+            raise MigrationError(
+                f"a lock could not be had: {str(error.orig).partition(chr(10))[0]}",
+                "another program migrates or writes this database: try again in a new transaction once it has finished",
+            ) from error
+        raise
+
+
+# -- Alembic ----------------------------------------------------------------------------------------------------------
+
+_one_at_a_time = Lock()
+
+
+def _run(work: Callable[[Config, str], None], connection: Connection, revision: str, *, force: bool = False) -> None:
+    config = Config(cmd_opts=Namespace(x=["force=true"] if force else []))
+    config.set_main_option("script_location", str(_scripts()).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    with _alembic_to_itself(connection), _lock_explained():
+        try:
+            work(config, revision)
+        except CommandError as error:
+            raise InvalidInputError(
+                "revision", revision, str(error), "pass 'head', 'base' or a revision of this library"
+            ) from error
+
+
+@contextmanager
+def _alembic_to_itself(connection: Connection) -> Iterator[None]:
+    """Keep others of this process off Alembic's global context, and give it back to whoever called from within it."""
+    while not _one_at_a_time.acquire(blocking=False):
+        if connection.dialect.is_async:
+            await_only(asyncio.sleep(0.005))
+        else:
+            time.sleep(0.005)
+    outer = [getattr(module, "_proxy", None) for module in (alembic.context, alembic.op)]
+    try:
+        yield
+    finally:
+        for proxy in outer:
+            if proxy is not None:
+                proxy._install_proxy()  # noqa: SLF001 - Alembic can't be nested otherwise
+        _one_at_a_time.release()
+
+
+@cache
+def _scripts() -> Path:
+    """The migration scripts: beside the package in a checkout, inside it where it was installed from a wheel."""
+    beside, inside = Path(__file__).parents[1] / "migrations", Path(__file__).parent / "migrations"
+    # in site-packages a stranger's folder may stand beside the package
+    return beside if (beside / "versions" / "0001_create_timers.py").is_file() else inside
+
+
+@cache
+def _known_revisions() -> tuple[str, ...]:
+    """All revisions that there are, the newest first."""
+    return tuple(script.revision for script in ScriptDirectory(str(_scripts())).walk_revisions())
+
+
+def _head() -> str:
+    return _known_revisions()[0]
+
+
+def schema_of(connection: Connection) -> str | None:
+    """The schema into which the host translates tables that name none, None if it leaves them in the default one."""
+    translated: dict[str | None, str | None] = connection.get_execution_options().get("schema_translate_map") or {}
+    return translated.get(None)
+
+
+def _revisions(connection: Connection) -> set[str]:
+    if not inspect(connection).has_table(VERSION_TABLE, schema=schema_of(connection)):
+        return set()
+    version = table(VERSION_TABLE, column("version_num"), schema=schema_of(connection))
+    return set(connection.scalars(select(version.c.version_num)))
+
+
+def require_known(connection: Connection) -> None:
+    """Refuse a database that a newer version of the library has migrated.
+
+    Raises:
+        MigrationError: it is at a revision that this version doesn't have.
+    """
+    if unknown := sorted(_revisions(connection) - set(_known_revisions())):
+        raise MigrationError(
+            f"the database is at revision {', '.join(unknown)}, which this version of aion_timers does not know",
+            "upgrade the library: a newer version has migrated this database",
+        )
+
+
+# -- the table as it is and as it should be ---------------------------------------------------------------------------
+#
+# Each is a mapping from a part of the table ("column fire_at", "index idx_timers_fire_at") to a text that says what it
+# is like, so that comparing them is comparing two dictionaries, and what is blind to nothing is the texts.
+
+_Parts: TypeAlias = dict[str, str]
+
+_PLAIN: Final = "as usual"
+
+
+def _differences(connection: Connection) -> Iterator[tuple[str, str, bool]]:
+    """What is different, the statement that mends it, and whether it is missing altogether."""
+    on_postgresql = connection.dialect.name == POSTGRESQL
+    found = _found_on_postgresql(connection) if on_postgresql else _found_on_sqlite(connection)
+    if not found:
+        yield "it is missing", f"DROP TABLE {VERSION_TABLE}; then `alembic upgrade head`", True
+        return
+    expected = _expected(connection)
+    for part in sorted(expected | found):
+        if found.get(part) == expected.get(part):
+            continue
+        if part not in found:
+            what = f"{part} is missing"
+        elif part not in expected:
+            what = f"{part} does not belong there"
+        elif part.startswith("CHECK"):
+            what = f"{part} is another one"
+        else:
+            what = f"{part} is {found[part]}, not {expected[part]}"
+        mend = _mend_index if part.startswith("index") else _mend_on_postgresql if on_postgresql else _mend_on_sqlite
+        yield what, mend(connection, part, found), part not in found
+
+
+def _expected(connection: Connection) -> _Parts:
+    dialect = connection.dialect
+    parts = {"storage": _PLAIN, "primary key": _listed(timers.primary_key.columns.keys())}
+    for name, its in timers.columns.items():
+        parts[f"column {name}"] = _type(connection, name) + " NOT NULL" * (not its.nullable)
+    for index in timers.indexes:
+        parts[f"index {index.name}"] = _listed(index.columns.keys())
+    if dialect.name == POSTGRESQL:
+        parts["storage"] = _storage(timers.dialect_options[POSTGRESQL].get("with") or {})
+        for check in _checks(connection):
+            parts[f"CHECK {check.name}"] = _canonical(connection, str(check.sqltext))
+    return parts
+
+
+def _type(connection: Connection, name: str) -> str:
+    kind, collate, collation = connection.dialect.type_compiler_instance.process(timers.c[name].type).partition(
+        " COLLATE "
+    )
+    return (kind.lower() if connection.dialect.name == POSTGRESQL else kind) + collate + collation
+
+
+def _checks(connection: Connection) -> list[CheckConstraint]:
+    # the compiler leaves out the constraints of other databases
+    ddl = str(CreateTable(timers).compile(dialect=connection.dialect))
+    return [its for its in timers.constraints if isinstance(its, CheckConstraint) and f" {its.name} CHECK" in ddl]
+
+
+def _listed(names: list[str]) -> str:
+    return f"({', '.join(names)})"
+
+
+def _storage(options: dict[str, object]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in sorted(options.items())) or _PLAIN
+
+
+def _prefix(connection: Connection) -> str:
+    schema = schema_of(connection)
+    return f"{connection.dialect.identifier_preparer.quote(schema)}." if schema else ""
+
+
+# PostgreSQL
+
+
+def _found_on_postgresql(connection: Connection) -> _Parts:
+    name = {"name": _prefix(connection) + timers.name}
+    relation = connection.execute(text(_RELATION), name).one_or_none()
+    if relation is None:
+        return {}
+    options = dict(option.split("=", 1) for option in relation.options or ())
+    own = {key: value for key, value in options.items() if not key.startswith(("autovacuum_", "toast."))}
+    parts = {"storage": relation.kind or _storage(own)}
+    for its in connection.execute(text(_COLUMNS), name):
+        if its.name in timers.columns or (its.required and its.value is None):
+            parts[f"column {its.name}"] = (
+                its.type
+                + (f" COLLATE {its.collation}" if its.collation else "")
+                + " NOT NULL" * its.required
+                + (f" {its.value}" if its.value else "")
+            )
+    for its in connection.execute(text(_CONSTRAINTS), name):
+        if its.type == "p":
+            parts["primary key"] = its.definition.removeprefix("PRIMARY KEY ")
+        else:
+            parts[f"CHECK {its.name}"] = _canonical(connection, its.definition)
+    names = {index.name for index in timers.indexes}
+    for its in connection.execute(text(_INDEXES), name):
+        if its.name in names:
+            method = its.definition.partition(" USING ")[2].removeprefix("btree ")
+            parts[f"index {its.name}"] = "UNIQUE " * its.is_unique + method + " INVALID" * (not its.is_valid)
+    return parts
+
+
+_RELATION: Final = """
+SELECT c.reloptions AS options, CASE WHEN c.relkind <> 'r' THEN 'no ordinary table'
+    WHEN c.relpersistence <> 'p' THEN 'UNLOGGED or temporary' END AS kind
+FROM pg_catalog.pg_class c WHERE c.oid = to_regclass(CAST(:name AS text))"""
+_COLUMNS: Final = """
+SELECT CAST(a.attname AS text) AS name, format_type(a.atttypid, a.atttypmod) AS type, a.attnotnull AS required,
+    CASE WHEN a.attcollation <> t.typcollation THEN quote_ident(l.collname) END AS collation,
+    CASE WHEN a.attidentity <> '' THEN 'IDENTITY' WHEN a.attgenerated <> '' THEN 'GENERATED'
+        ELSE 'DEFAULT ' || pg_get_expr(d.adbin, d.adrelid) END AS value
+FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
+    LEFT JOIN pg_catalog.pg_collation l ON l.oid = a.attcollation
+    LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+WHERE a.attrelid = to_regclass(CAST(:name AS text)) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum"""
+_CONSTRAINTS: Final = """
+SELECT CAST(c.conname AS text) AS name, CAST(c.contype AS text) AS type, pg_get_constraintdef(c.oid) AS definition
+FROM pg_catalog.pg_constraint c
+WHERE c.conrelid = to_regclass(CAST(:name AS text)) AND c.contype IN ('p', 'c') ORDER BY c.conname"""
+_INDEXES: Final = """
+SELECT CAST(c.relname AS text) AS name, pg_get_indexdef(c.oid) AS definition, i.indisunique AS is_unique,
+    i.indisvalid AS is_valid
+FROM pg_catalog.pg_index i JOIN pg_catalog.pg_class c ON c.oid = i.indexrelid
+WHERE i.indrelid = to_regclass(CAST(:name AS text))"""
+_IN_UTC: Final = """
+SELECT to_char(timezone('UTC', CAST(CAST(:instant AS text) AS timestamptz)), 'YYYY-MM-DD HH24:MI:SS.US BC')"""
+
+_INSTANT: Final = re.compile(r"'([^']*)'::timestamp with time zone|'(\d{4}-\d\d-\d\d [^']*)'")
+_LITERAL: Final = re.compile(r"('(?:[^']|'')*')")
+_CAST: Final = re.compile(r"::\w+")
+
+
+def _canonical(connection: Connection, check: str) -> str:
+    """The condition of a CHECK without what PostgreSQL adds when it shows one, and without the session's time zone."""
+
+    def in_utc(literal: re.Match[str]) -> str:
+        instant = literal[1] or literal[2]
+        return f"'{connection.scalar(text(_IN_UTC), {'instant': instant})}'"
+
+    pieces = _LITERAL.split(_INSTANT.sub(in_utc, check.removeprefix("CHECK ")))
+    for place in range(0, len(pieces), 2):
+        pieces[place] = re.sub(r'[\s()"]', "", _CAST.sub("", pieces[place])).lower()
+    return "".join(piece.strip("'") if piece.strip("'").isdecimal() else piece for piece in pieces)
+
+
+def _mend_on_postgresql(connection: Connection, part: str, found: _Parts) -> str:
+    alter = f"ALTER TABLE {_prefix(connection)}{timers.name}"
+    kind, _, name = part.partition(" ")
+    if kind == "CHECK":
+        drop = f"{alter} DROP CONSTRAINT {name}"
+        add = [
+            f"{alter} ADD CONSTRAINT {name} CHECK ({its.sqltext})" for its in _checks(connection) if its.name == name
+        ]
+        return "; ".join([drop] * (part in found) + add)
+    if part == "primary key":
+        return f"{alter} ADD PRIMARY KEY {_listed(timers.primary_key.columns.keys())}"
+    if part == "storage":
+        wanted = timers.dialect_options[POSTGRESQL].get("with")
+        options = ", ".join(option.partition("=")[0] for option in found[part].split(", "))
+        reset = f"RESET ({options})" if "=" in found[part] else "SET LOGGED"
+        return f"{alter} {f'SET ({_storage(wanted)})' if wanted else reset}"
+    if name not in timers.columns:
+        return f"{alter} ALTER COLUMN {name} DROP NOT NULL"
+    type_ = _type(connection, name)
+    if part not in found:
+        return f"{alter} ADD COLUMN {name} {type_} NOT NULL"
+    change = f"ALTER COLUMN {name}"
+    return f"{alter} {change} DROP DEFAULT, {change} TYPE {type_} USING {name}::{type_}, {change} SET NOT NULL"
+
+
+def _mend_index(connection: Connection, part: str, found: _Parts) -> str:
+    (index,) = (its for its in timers.indexes if part == f"index {its.name}")
+    drop = f"DROP INDEX {index.name}; " if part in found else ""
+    return f"{drop}CREATE INDEX {index.name} ON {_prefix(connection)}{timers.name} {_listed(index.columns.keys())}"
+
+
+# the SQLite family
+
+
+def _found_on_sqlite(connection: Connection) -> _Parts:
+    schema, prefix = schema_of(connection), _prefix(connection)
+
+    def pragma(name: str, of: str) -> list[Row[Any]]:
+        return list(connection.exec_driver_sql(f"PRAGMA {prefix}{name}('{of}')"))
+
+    columns = {its.name: its for its in pragma("table_xinfo", timers.name)}
+    if not columns:
+        return {}
+    parts = {"storage": _PLAIN if pragma("index_list", timers.name) else "no table with a key"}
+    collations: dict[str, str] = {}
+    for index in pragma("index_list", timers.name):
+        if index.origin == "pk" or index.name in {its.name for its in timers.indexes}:
+            keys = [its for its in pragma("index_xinfo", index.name) if its.key]
+            collations |= {str(its.name): its.coll for its in keys if its.coll != "BINARY"}
+            listed = _listed([f"{its.name}{' DESC' * its.desc}" for its in keys])
+            if index.origin != "pk":
+                parts[f"index {index.name}"] = "UNIQUE " * index.unique + listed + " WHERE ..." * index.partial
+    key = sorted((its.pk, name) for name, its in columns.items() if its.pk)
+    parts["primary key"] = _listed([name for _, name in key])
+    for name, its in columns.items():
+        if name in timers.columns or (its.notnull and its.dflt_value is None and not its.hidden):
+            parts[f"column {name}"] = (
+                its.type.upper()
+                + (f" COLLATE {collations[name]}" if name in collations else "")
+                + " NOT NULL" * its.notnull
+                + " GENERATED" * bool(its.hidden)
+            )
+    # SQLite answers index_info for the name of a table only if that table is WITHOUT ROWID, as the one is that we make
+    if pragma("index_info", timers.name):
+        for check in inspect(connection).get_check_constraints(timers.name, schema=schema):
+            parts[f"CHECK {check['name'] or check['sqltext']}"] = check["sqltext"]
+    return parts
+
+
+def _mend_on_sqlite(_connection: Connection, _part: str, _found: _Parts) -> str:
+    return (
+        f"ALTER TABLE {timers.name} RENAME TO {timers.name}_before; DROP INDEX IF EXISTS idx_timers_fire_at;"
+        f" DROP TABLE {VERSION_TABLE}; then `alembic upgrade head`, and copy the rows over"
+    )
