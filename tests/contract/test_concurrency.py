@@ -1,0 +1,187 @@
+"""Several sessions at once: no deadlock, no timer given twice, nothing of another's transaction seen or lost."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import URL
+
+from aion_timers import TimerEntry
+from tests.conftest import open_engine
+from tests.store import Store
+
+NOW = datetime(2026, 6, 3, 2, 30, tzinfo=UTC)
+ALPHA = UUID("00000000-0000-4000-8000-00000000000a")
+WORKFLOWS = [UUID(int=number) for number in range(4)]
+
+
+def in_threads(backend: str, url: URL, work: Callable[[Store, int], None], threads: int = 4) -> None:
+    """Run the work in threads, each with an engine, and for async backends a loop, of its own."""
+    errors: list[BaseException] = []
+
+    def run(number: int) -> None:
+        with asyncio.Runner() as runner:
+            store = Store(backend, open_engine(url), runner)
+            try:
+                work(store, number)
+            except BaseException as error:  # noqa: BLE001 - raised again in the test's own thread
+                errors.append(error)
+            finally:
+                store.close()
+
+    started = [threading.Thread(target=run, args=(number,)) for number in range(threads)]
+    for thread in started:
+        thread.start()
+    for thread in started:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_statements_over_the_same_rows_in_other_orders_never_deadlock(backend: str, url: URL) -> None:
+    until = time.monotonic() + 3
+
+    def work(store: Store, number: int) -> None:
+        chance = random.Random(number)  # noqa: S311 - a load, no secret
+        entries = [TimerEntry(workflow, name, NOW) for workflow in WORKFLOWS for name in range(25)]
+        while time.monotonic() < until:
+            chance.shuffle(entries)
+            with store.timers() as timers:
+                match chance.randrange(4):
+                    case 0 | 1:
+                        timers.schedule_many(entries)
+                    case 2:
+                        timers.cancel_workflow(chance.choice(WORKFLOWS))
+                    case _:
+                        timers.take(NOW, limit=chance.randint(1, 60))
+
+    in_threads(backend, url, work)
+
+
+def test_each_timer_is_taken_by_one_worker(backend: str, url: URL, store: Store) -> None:
+    entries = [TimerEntry(UUID(int=number), number, NOW + timedelta(seconds=number)) for number in range(600)]
+    with store.timers() as timers:
+        timers.schedule_many(entries)
+    taken: Counter[UUID] = Counter()
+
+    def work(store: Store, number: int) -> None:
+        empty = 0
+        while empty < 3:
+            with store.timers() as timers:
+                batch = timers.take(NOW + timedelta(days=1), limit=7 + number)
+            assert batch == sorted(batch)
+            taken.update(entry.workflow_id for entry in batch)
+            empty = 0 if batch else empty + 1
+
+    in_threads(backend, url, work)
+    assert taken == Counter(entry.workflow_id for entry in entries)
+
+
+def test_of_many_who_schedule_the_same_timer_each_is_heard(backend: str, url: URL, store: Store) -> None:
+    def work(store: Store, number: int) -> None:
+        for step in range(40):
+            with store.timers() as timers:
+                instant = NOW + timedelta(seconds=number * 40 + step)
+                timers.schedule(ALPHA, "latest", instant, if_exists="latest")
+                timers.schedule(ALPHA, "earliest", instant, if_exists="earliest")
+
+    in_threads(backend, url, work)
+    with store.timers() as timers:
+        assert timers.get(ALPHA, "latest").fire_at == NOW + timedelta(seconds=159)
+        assert timers.get(ALPHA, "earliest").fire_at == NOW
+
+
+def test_what_is_not_committed_is_not_seen(backend: str, url: URL, store: Store) -> None:
+    session = store.new_session()
+    store.repository(session).schedule(ALPHA, "a", NOW)
+    seen: list[Any] = []
+
+    def look(other: Store, _: int) -> None:
+        with other.timers() as timers:
+            seen.append(timers.expired(NOW))
+
+    in_threads(backend, url, look, threads=1)
+    session.commit()
+    in_threads(backend, url, look, threads=1)
+    session.close()
+    assert [len(found) for found in seen] == [0, 1]
+
+
+@pytest.mark.parametrize("if_exists", ["replace", "keep", "earliest", "latest"])
+def test_a_timer_that_is_cancelled_meanwhile_is_scheduled_anew(
+    backend: str, url: URL, store: Store, if_exists: Any
+) -> None:
+    with store.timers() as timers:
+        timers.schedule(ALPHA, "a", NOW)
+    session = store.new_session()
+    assert store.repository(session).cancel(ALPHA, "a") is True
+    started = threading.Event()
+    changed: list[bool] = []
+
+    def schedule(other: Store, _: int) -> None:
+        started.set()
+        with other.timers() as timers:
+            changed.append(timers.schedule(ALPHA, "a", NOW, if_exists=if_exists))
+
+    waiting = threading.Thread(target=in_threads, args=(backend, url, schedule, 1))
+    waiting.start()
+    started.wait()
+    time.sleep(0.2)  # long enough for the statement to wait for the row, or for the lock of the file
+    session.commit()
+    session.close()
+    waiting.join()
+    assert changed == [True]
+    with store.timers() as timers:
+        assert timers.get(ALPHA, "a") is not None
+
+
+@pytest.mark.parametrize("backend", ["psycopg", "psycopg_async", "asyncpg"], indirect=True)
+def test_take_passes_over_rows_that_another_transaction_has_locked(backend: str, url: URL, store: Store) -> None:
+    with store.timers() as timers:
+        timers.schedule_many(TimerEntry(ALPHA, number, NOW + timedelta(seconds=number)) for number in range(4))
+    session = store.new_session()
+    assert [entry.timer_id.value for entry in store.repository(session).take(NOW + timedelta(days=1), limit=2)] == [
+        0,
+        1,
+    ]
+    found: list[Any] = []
+
+    def take(other: Store, _: int) -> None:
+        with other.timers() as timers:
+            found.extend(entry.timer_id.value for entry in timers.take(NOW + timedelta(days=1), limit=10))
+
+    in_threads(backend, url, take, threads=1)
+    session.rollback()
+    session.close()
+    assert found == [2, 3]
+
+
+@pytest.mark.parametrize("backend", ["psycopg", "psycopg_async", "asyncpg"], indirect=True)
+def test_a_timer_that_is_moved_while_take_looks_is_not_taken_early(backend: str, url: URL, store: Store) -> None:
+    with store.timers() as timers:
+        timers.schedule_many(TimerEntry(ALPHA, number, NOW) for number in range(50))
+    until = time.monotonic() + 1.5
+    early: list[TimerEntry] = []
+
+    def work(other: Store, number: int) -> None:
+        chance = random.Random(number)  # noqa: S311 - a load, no secret
+        while time.monotonic() < until:
+            with other.timers() as timers:
+                if number % 2:
+                    for entry in timers.take(NOW, limit=10):
+                        early.extend([entry] if entry.fire_at > NOW else [])
+                        timers.schedule(ALPHA, entry.timer_id, NOW)
+                else:
+                    timers.schedule(ALPHA, chance.randrange(50), NOW + timedelta(days=chance.randrange(2)))
+
+    in_threads(backend, url, work)
+    assert early == []

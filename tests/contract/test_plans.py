@@ -1,0 +1,105 @@
+"""The index is part of the contract: hot statements read no more rows than they return."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+from sqlalchemy import event
+
+from aion_timers import TimerEntry
+from tests.store import Store
+
+NOW = datetime(2026, 6, 3, 2, 30, tzinfo=UTC)
+ALPHA = UUID("00000000-0000-4000-8000-00000000000a")
+DUE = TimerEntry(ALPHA, 1, NOW)
+
+# one backend of each planner: the others send the same statements
+pytestmark = pytest.mark.parametrize("backend", ["libsql", "sqlite", "psycopg"], indirect=True)
+
+CALLS: dict[str, Any] = {
+    "expired": lambda t: t.expired(NOW, limit=10),
+    "expired now": lambda t: t.expired(limit=10),
+    "expired, next page": lambda t: t.expired(NOW + timedelta(days=9), limit=10, after=DUE),
+    "take": lambda t: t.take(NOW, limit=10),
+    "take now": lambda t: t.take(limit=10),
+    "take of names": lambda t: t.take(NOW, limit=10, names=["a", "b*"]),
+    "next_fire_at": lambda t: t.next_fire_at(),
+}
+KEYED: dict[str, Any] = {
+    "schedule": lambda t: t.schedule(ALPHA, 1, NOW),
+    "get": lambda t: t.get(ALPHA, 1),
+    "list_workflow": lambda t: t.list_workflow(ALPHA),
+    "cancel": lambda t: t.cancel(ALPHA, 1),
+    "cancel_workflow": lambda t: t.cancel_workflow(ALPHA),
+}
+
+
+@contextmanager
+def executed(store: Store) -> Iterator[list[tuple[str, Any]]]:
+    """The statements that reach the driver."""
+    seen: list[tuple[str, Any]] = []
+
+    def note(_: Any, __: Any, statement: str, parameters: Any, *___: Any) -> None:
+        seen.append((statement, parameters))
+
+    event.listen(store.engine, "before_cursor_execute", note)
+    try:
+        yield seen
+    finally:
+        event.remove(store.engine, "before_cursor_execute", note)
+
+
+def plans(store: Store, call: Any) -> list[str]:
+    """The plans of what a call executes, as text."""
+    with executed(store) as seen, store.timers() as timers:
+        call(timers)
+    with store.connection() as connection:
+        if not store.is_sqlite:
+            # what the server uses once the driver has prepared the statement, which knows no values
+            connection.exec_driver_sql("SET plan_cache_mode = force_generic_plan")
+        found = []
+        for statement, parameters in seen:
+            if statement.startswith(("BEGIN", "UPDATE")):
+                continue  # they take the lock of the file and read nothing
+            prefix = "EXPLAIN QUERY PLAN " if store.is_sqlite else "EXPLAIN (FORMAT JSON) "
+            rows = connection.exec_driver_sql(prefix + statement, parameters).all()
+            found.append("\n".join(row[-1] if store.is_sqlite else json.dumps(row[0]) for row in rows))
+    return found
+
+
+@pytest.fixture(params=["with statistics", "without statistics"])
+def filled(store: Store, request: pytest.FixtureRequest) -> Store:
+    """A store with many future timers."""
+    with store.timers() as timers:
+        timers.schedule_many(
+            TimerEntry(UUID(int=number), number % 7, NOW + timedelta(hours=1 + number)) for number in range(20_000)
+        )
+        timers.schedule(ALPHA, 1, NOW)
+    if request.param == "with statistics":
+        with store.connection(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql("ANALYZE" if store.is_sqlite else "VACUUM ANALYZE")
+    return store
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_what_is_due_is_found_by_the_index_and_not_sorted(filled: Store, call: Any) -> None:
+    found = plans(filled, call)
+    assert "idx_timers_fire_at" in found[0]
+    for plan in found:
+        assert "Seq Scan" not in plan
+        assert "SCAN timers" not in plan or "USING COVERING INDEX idx_timers_fire_at" in plan
+        assert "TEMP B-TREE FOR ORDER BY" not in plan
+        assert '"Sort"' not in plan
+
+
+@pytest.mark.parametrize("call", KEYED.values(), ids=KEYED.keys())
+def test_what_has_a_key_is_found_by_it(filled: Store, call: Any) -> None:
+    for plan in plans(filled, call):
+        assert "Seq Scan" not in plan
+        assert "SCAN timers" not in plan

@@ -1,0 +1,84 @@
+"""Install the built wheel into a fresh environment, away from the source tree, and use it there.
+
+Run as ``python tests/wheel.py DIST``, DIST being the folder that holds the wheel.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+PROGRAM = """
+import asyncio, datetime, sys, uuid
+import sqlalchemy
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+import aion_timers
+from aion_timers import AsyncTimerRepository, TimerRepository, migrate
+
+assert aion_timers.__file__.startswith(sys.prefix), aion_timers.__file__
+now = datetime.datetime.now(datetime.UTC)
+workflow = uuid.uuid4()
+
+engine = sqlalchemy.create_engine("sqlite+libsql:///timers.db")
+try:
+    migrate.check(engine)
+except aion_timers.NotMigratedError as error:
+    assert "upgrade" in str(error), error
+else:
+    raise SystemExit("an empty database passed the check")
+migrate.upgrade(engine)
+migrate.check(engine)
+with engine.begin() as connection:
+    assert TimerRepository(connection).schedule(workflow, "wheel", now)
+with engine.begin() as connection:
+    (taken,) = TimerRepository(connection).take(limit=10)
+assert (taken.workflow_id, taken.timer_id.value, taken.fire_at) == (workflow, "wheel", now)
+migrate.downgrade(engine)
+assert migrate.current(engine) is None
+engine.dispose()
+
+
+async def use_async():
+    engine = create_async_engine("sqlite+aiolibsql:///other.db")
+    async with engine.begin() as connection:
+        await connection.run_sync(migrate.upgrade)
+    async with AsyncSession(engine) as session, session.begin():
+        await AsyncTimerRepository(session).schedule(workflow, 1, now)
+        assert len(await AsyncTimerRepository(session).expired()) == 1
+    await engine.dispose()
+
+
+asyncio.run(use_async())
+print("the wheel migrates, schedules and takes in", sys.prefix.rsplit("/", 1)[-1])
+"""
+
+
+def main(dist: Path) -> None:
+    """Install the newest wheel of ``dist`` with its pinned dependencies and run the program above."""
+    wheel = max(dist.glob("*.whl"), key=lambda path: path.stat().st_mtime).resolve()
+    with tempfile.TemporaryDirectory() as folder:
+        environment = Path(folder) / "fresh-environment"
+        venv.create(environment, with_pip=True)
+        python = str(environment / "bin" / "python")
+        constraints = str(ROOT / "constraints.txt")
+        install = [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--constraint",
+            constraints,
+        ]
+        subprocess.run([*install, f"{wheel}[asyncio]"], check=True, cwd=folder)
+        subprocess.run([python, "-I", "-c", PROGRAM], check=True, cwd=folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
