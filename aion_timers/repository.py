@@ -115,6 +115,14 @@ def _decoded(dialect: Name, rows: Iterable[Row]) -> Generator[tuple[Row, TimerEn
             _report(tuple(row))
 
 
+def _all_decoded(dialect: Name, rows: Sequence[Row]) -> list[TimerEntry]:
+    decode = statements.decoder(dialect)
+    try:
+        return [decode(*row) for row in rows]
+    except NotCanonicalError:
+        return [timer for _, timer in _decoded(dialect, rows)]
+
+
 def _report(row: tuple[Any, ...]) -> None:
     if row not in _reported and len(_reported) < _MOST_REPORTED:
         _reported.add(row)
@@ -164,7 +172,7 @@ def _read(
     fetch = limit or 0
     while True:
         rows = (yield statement, {**parameters, "limit": fetch} if limit else parameters).all()
-        found = [timer for _, timer in _decoded(dialect, rows)]
+        found = _all_decoded(dialect, rows)
         if limit is None or len(found) >= limit or len(rows) < fetch:
             return found
         fetch = min(2 * fetch, _MOST_ROWS)
@@ -226,7 +234,7 @@ def _take(
         )
     else:
         rows = (yield statements.take(**flags), {**parameters, "limit": limit}).all()
-        taken = [timer for _, timer in _decoded(dialect, sorted(rows, key=statements.order))]
+        taken = _all_decoded(dialect, sorted(rows, key=statements.order))
     forget((timer.workflow_id, timer.timer_id) for timer in taken)
     return taken
 
@@ -250,9 +258,9 @@ def _delete(ours: Sequence[tuple[Row, TimerEntry]]) -> Operation[list[TimerEntry
     if not ours:
         return []
     result = yield statements.delete_rows(), statements.raw_rows(row for row, _ in ours)
-    gone = {tuple(row) for row in result}
+    gone = set(result.all())
     # outside a transaction another one may have had some of them meanwhile
-    return [timer for row, timer in ours if tuple(row) in gone]
+    return [timer for row, timer in ours if row in gone]
 
 
 # -- repositories -----------------------------------------------------------------------------------------------------

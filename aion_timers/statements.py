@@ -15,7 +15,7 @@ What differs between the databases, and why:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, assert_never
 
@@ -107,9 +107,10 @@ def entry(dialect: Name, timer: TimerEntry) -> Parameters:
 
 def entries(dialect: Name, many: Iterable[TimerEntry], if_exists: IfExists) -> Parameters:
     """The parameters of many timers to write: one row a key, as if they were written in the order given."""
-    rows: dict[tuple[Any, str], str] = {}
+    rows: dict[tuple[str, str], str] = {}
     for timer in many:
-        workflow_id = timer.workflow_id if dialect == POSTGRESQL else encode_workflow_id(timer.workflow_id)
+        # digits alone, which PostgreSQL reads too, take a quarter of the time of the usual text
+        workflow_id = timer.workflow_id.hex if dialect == POSTGRESQL else encode_workflow_id(timer.workflow_id)
         place = (workflow_id, encode_timer_id(timer.timer_id))
         instant = encode_instant(timer.fire_at)
         if place not in rows or _moves(if_exists, rows[place], instant):
@@ -118,7 +119,7 @@ def entries(dialect: Name, many: Iterable[TimerEntry], if_exists: IfExists) -> P
     if dialect == SQLITE:
         return {"rows": _json(ordered)}
     workflows, ids, instants = zip(*ordered, strict=True)
-    return {"workflows": workflows, "timers": ids, "instants": instants}
+    return {"workflows": "\n".join(workflows), "timers": "\n".join(ids), "instants": "\n".join(instants)}
 
 
 def _moves(if_exists: IfExists, old: str, new: str) -> bool:
@@ -161,6 +162,11 @@ def named(dialect: Name, names: Sequence[str]) -> Parameters:
 def raw_rows(rows: Iterable[Row]) -> Parameters:
     """The parameter of `delete_rows`: rows just as they were fetched as bytes, in canonical form."""
     return {"rows": _json([[value.decode() for value in row] for row in rows])}
+
+
+def decoder(dialect: Name) -> Callable[..., TimerEntry]:
+    """The function that takes a fetched row's values and gives its timer, as `decode` does."""
+    return decode_columns if dialect == POSTGRESQL else decode_row
 
 
 def decode(dialect: Name, row: Row) -> TimerEntry:
@@ -318,14 +324,18 @@ def _given_rows() -> Select[*tuple[Any, ...]]:
 
 
 def _given_arrays() -> Select[*tuple[Any, ...]]:
+    # lines of text, since psycopg takes as long to write an array as the server to insert it; JSON holds no line break
     arrays: dict[str, ARRAY[Any]] = {
         "workflows": ARRAY(postgresql.UUID()),
         "timers": ARRAY(Text()),
-        "instants": ARRAY(Text()),
+        "instants": ARRAY(_TIMESTAMP),
     }
-    given = func.unnest(*(bindparam(name, type_=type_) for name, type_ in arrays.items()))
-    columns = given.table_valued("workflow_id", "timer_id", "fire_at").render_derived().c
-    return select(columns.workflow_id, columns.timer_id, cast(columns.fire_at, _TIMESTAMP))
+    lines = (
+        cast(func.string_to_array(bindparam(name, type_=Text()), _sql("E'\\n'")), type_)
+        for name, type_ in arrays.items()
+    )
+    columns = func.unnest(*lines).table_valued("workflow_id", "timer_id", "fire_at").render_derived().c
+    return select(columns.workflow_id, columns.timer_id, columns.fire_at)
 
 
 @cache

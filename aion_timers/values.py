@@ -11,6 +11,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 from typing import Final, NoReturn
 from uuid import UUID
 
@@ -20,11 +21,18 @@ MAX_ENCODED_TIMER_ID: Final = 1024
 """Bytes of encoded text that a timer id may have when it is written. PostgreSQL's index holds little more."""
 
 _LAST_ANONYMOUS: Final = 2**64 - 1
+_SHORT: Final = 64
 _MICROSECOND: Final = timedelta(microseconds=1)
 _LATEST: Final = datetime.max.replace(tzinfo=UTC)
 _LATEST_STORED: Final = "9999-12-31T23:59:59.999999999Z"
-_INSTANT: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T(?:[01][0-9]|2[0-3]):[0-9]{2}:[0-9]{2}\.[0-9]{9}Z")
-_UUID: Final = re.compile(r'"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"')
+# a text has a form if it looks like this once each digit is a zero: three times as fast as a regular expression
+_INSTANT: Final = b"0000-00-00T00:00:00.000000000Z"
+_UUID: Final = b'"00000000-0000-0000-0000-000000000000"'
+_DIGITS: Final = bytes.maketrans(b"123456789", b"000000000")
+_HEX_DIGITS: Final = bytes.maketrans(b"123456789abcdef", b"000000000000000")
+# adding a difference to one of these sets or drops the time zone, in a tenth of the time of replace()
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_NAIVE_EPOCH: Final = datetime(1970, 1, 1)  # noqa: DTZ001 - the point of it
 _ANONYMOUS: Final = re.compile(r'\{"Anonymous":(0|[1-9][0-9]{0,19})\}')
 
 _json_string = json.JSONEncoder(ensure_ascii=False).encode
@@ -85,6 +93,8 @@ class TimerId:
     @classmethod
     def of(cls, value: TimerId | str | int) -> TimerId:
         """The id that a plain ``str`` (a name), ``int`` (a position) or ``TimerId`` stands for."""
+        if type(value) is str and len(value) <= _SHORT:
+            return _short_name(value)
         return value if isinstance(value, TimerId) else cls(value)
 
     @property
@@ -100,6 +110,10 @@ class TimerId:
 
     def __repr__(self) -> str:
         return f"TimerId.{'named' if self.is_named else 'anonymous'}({self.value!r})"
+
+
+# an application has few names, and checks each of them once
+_short_name: Final = lru_cache(maxsize=1024)(TimerId)
 
 
 def _stored_id(value: str | int) -> TimerId:
@@ -127,12 +141,10 @@ class TimerEntry:
     _stored: str | None = field(repr=False, compare=False)
 
     def __init__(self, workflow_id: UUID, timer_id: TimerId | str | int, fire_at: datetime) -> None:
-        check_workflow_id(workflow_id)
-        put = object.__setattr__
-        put(self, "workflow_id", workflow_id)
-        put(self, "timer_id", TimerId.of(timer_id))
-        put(self, "fire_at", utc("fire_at", fire_at))
-        put(self, "_stored", None)
+        _put_workflow_id(self, check_workflow_id(workflow_id))
+        _put_timer_id(self, TimerId.of(timer_id))
+        _put_fire_at(self, utc("fire_at", fire_at))
+        _put_stored(self, None)
 
     @property
     def stored_instant(self) -> str:
@@ -164,12 +176,18 @@ def check_workflow_id(workflow_id: UUID) -> UUID:
 def _entry(workflow_id: UUID, timer_id: TimerId, fire_at: datetime, stored: str | None) -> TimerEntry:
     # decoded text is valid already; checking each row again would double the cost of a read
     made = object.__new__(TimerEntry)
-    put = object.__setattr__
-    put(made, "workflow_id", workflow_id)
-    put(made, "timer_id", timer_id)
-    put(made, "fire_at", fire_at)
-    put(made, "_stored", stored)
+    _put_workflow_id(made, workflow_id)
+    _put_timer_id(made, timer_id)
+    _put_fire_at(made, fire_at)
+    _put_stored(made, stored)
     return made
+
+
+# the slots themselves: a frozen class's own way, object.__setattr__, looks each of them up
+_put_workflow_id: Final = TimerEntry.__dict__["workflow_id"].__set__
+_put_timer_id: Final = TimerEntry.__dict__["timer_id"].__set__
+_put_fire_at: Final = TimerEntry.__dict__["fire_at"].__set__
+_put_stored: Final = TimerEntry.__dict__["_stored"].__set__
 
 
 def utc(argument: str, value: datetime) -> datetime:
@@ -221,7 +239,7 @@ def encode_timer_id(timer_id: TimerId) -> str:
 
 def encode_instant(instant: datetime) -> str:
     """RFC 3339 with nine digits and ``Z``, of an instant in UTC."""
-    return instant.isoformat(timespec="microseconds")[:26] + "000Z"
+    return (_NAIVE_EPOCH + (instant - _EPOCH)).isoformat("T", "microseconds") + "000Z"
 
 
 def encode_as_of(as_of: datetime) -> str:
@@ -232,13 +250,18 @@ def encode_as_of(as_of: datetime) -> str:
 
 def decode_workflow_id(text: str) -> UUID:
     """The inverse of `encode_workflow_id`; raises `NotCanonicalError` for any other text."""
-    if _UUID.fullmatch(text) is None:
+    if text.encode(errors="replace").translate(_HEX_DIGITS) != _UUID:
         raise NotCanonicalError(text)
     return UUID(text[1:-1])
 
 
 def decode_timer_id(text: str) -> TimerId:
     """The inverse of `encode_timer_id`; raises `NotCanonicalError` for any other text."""
+    # an application has few names; a text of another program can be of any length, so long ones are not kept
+    return _decode_short_timer_id(text) if len(text) <= _SHORT else _decode_timer_id(text)
+
+
+def _decode_timer_id(text: str) -> TimerId:
     if text.startswith('{"Named":"') and text.endswith('"}', 10):
         name = text[10:-2]
         if name.isprintable() and '"' not in name and "\\" not in name:
@@ -254,12 +277,15 @@ def decode_timer_id(text: str) -> TimerId:
     raise NotCanonicalError(text)
 
 
+_decode_short_timer_id: Final = lru_cache(maxsize=1024)(_decode_timer_id)
+
+
 def decode_instant(text: str) -> datetime:
     """The first microsecond that is not before the stored instant; raises `NotCanonicalError` for any other text."""
-    if _INSTANT.fullmatch(text) is None:
+    if text.encode(errors="replace").translate(_DIGITS) != _INSTANT or text[11:13] > "23":
         raise NotCanonicalError(text)
     try:
-        instant = datetime.fromisoformat(text[:26] + "+00:00")
+        instant = datetime.fromisoformat(text)
     except ValueError:
         raise NotCanonicalError(text) from None
     if text[26:29] == "000" or instant == _LATEST:
@@ -291,4 +317,4 @@ def decode_columns(workflow_id: UUID, timer_id: str, fire_at: datetime) -> Timer
     Raises:
         NotCanonicalError: the timer id is not exactly what `encode_timer_id` writes.
     """
-    return _entry(workflow_id, decode_timer_id(timer_id), fire_at.replace(tzinfo=UTC), None)
+    return _entry(workflow_id, decode_timer_id(timer_id), _EPOCH + (fire_at - _NAIVE_EPOCH), None)
