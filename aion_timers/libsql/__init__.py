@@ -1,7 +1,21 @@
 """A sound SQLAlchemy dialect, sync and async, for libSQL files. Importing it needs no driver.
 
-After ``register()`` the usual URLs ``sqlite+libsql:///file.db`` and ``sqlite+aiolibsql:///file.db`` open engines whose
-transactions are real, whose errors are those of PEP 249 and whose reads hold no write lock.
+After ``register()`` the usual URLs ``sqlite+libsql:///file.db`` and ``sqlite+aiolibsql:///file.db`` give engines whose
+transactions are real and whose errors are those of PEP 249. A transaction begins with its first statement:
+
+=================  ==============================  ========================
+isolation level    first statement reads           first statement writes
+=================  ==============================  ========================
+``SERIALIZABLE``   a snapshot, without a lock      waits for the write lock
+``IMMEDIATE``      waits for the write lock        waits for the write lock
+``AUTOCOMMIT``     no transaction                  no transaction
+=================  ==============================  ========================
+
+``SERIALIZABLE`` is the default. Whoever only reads holds no lock. A transaction that has read and then writes fails
+with ``SnapshotError`` if another connection has changed what it read; it is to be run again. Rows that many read and
+write are better served at ``IMMEDIATE``. Waiting ends with ``BusyError`` after ``timeout`` seconds (15 by default;
+``?timeout=5`` in the URL or ``connect_args={"timeout": 5}``). Files are in WAL mode; ``create_engine(...,
+synchronous="NORMAL")`` trades the last commits before a power cut for speed.
 """
 
 import importlib

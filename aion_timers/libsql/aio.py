@@ -64,7 +64,8 @@ class AsyncConnection(AsyncAdapt_terminate, AsyncAdapt_dbapi_connection):
     """
 
     __slots__ = ("_thread",)
-    _cursor_cls = _ss_cursor_cls = AsyncCursor  # type: ignore[assignment] # stream() works, from rows read before
+    _cursor_cls = AsyncCursor
+    _ss_cursor_cls = AsyncCursor  # type: ignore[assignment] # stream() works, with rows that were read before
     _connection: Any
 
     def __init__(self, dbapi: AsyncDbapi, connection: libsql_dbapi.Connection, thread: ThreadPoolExecutor) -> None:

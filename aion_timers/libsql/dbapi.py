@@ -7,6 +7,7 @@ values, not columns.
 """
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Final
@@ -82,7 +83,7 @@ _SYNCHRONOUS = ("FULL", "NORMAL")
 
 
 def connect(
-    database: str,
+    database: str | os.PathLike[str],
     *,
     timeout: float = DEFAULT_TIMEOUT,
     isolation_level: str | None = "SERIALIZABLE",
@@ -104,9 +105,10 @@ def connect(
         OperationalError: it can't be opened or read.
         ProgrammingError: an argument is wrong.
     """
-    if not isinstance(database, str):
-        raise ProgrammingError(f"the database is given as a str, not {type(database).__name__}")
-    source = Source(database, {name: value for name, value in options.items() if name not in _FOR_SQLITE3})
+    address = os.fspath(database) if isinstance(database, os.PathLike) else database
+    if not isinstance(address, str):
+        raise ProgrammingError(f"a database is given as a str or a path, not as {type(database).__name__}")
+    source = Source(address, {name: value for name, value in options.items() if name not in _FOR_SQLITE3})
     level, seconds, safety = _level(isolation_level), checked_timeout(timeout), checked_synchronous(synchronous)
     connection = Connection(Transaction(source.open(), source, level, seconds))
     if source.is_file:
@@ -331,7 +333,7 @@ class Cursor:
 
     def _open(self) -> Transaction:
         if self._transaction is None:
-            raise ClosedError("the cursor is closed")
+            raise ProgrammingError("the cursor is closed")
         self.description = self.lastrowid = self._rows = None
         self.rowcount = -1
         return self._transaction
@@ -339,7 +341,7 @@ class Cursor:
     def _results(self) -> Iterator[Row]:
         if self._rows is None:
             if self._transaction is None:
-                raise ClosedError("the cursor is closed")
+                raise ProgrammingError("the cursor is closed")
             raise ProgrammingError("there are no rows to fetch: the last statement returned none")
         return self._rows
 

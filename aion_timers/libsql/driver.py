@@ -23,6 +23,7 @@ from aion_timers.libsql.errors import (
     ProgrammingError,
 )
 from aion_timers.libsql.sql import Parameters, Value
+from aion_timers.libsql.waiting import Line, line_of
 
 Description = tuple[tuple[str, None, None, None, None, None, None], ...]
 Row = tuple[Value, ...]
@@ -98,6 +99,11 @@ class Source:
         """Whether it is a plain local file: not remote, not a replica, not in memory."""
         remote = _REMOTE.match(self.database) or self.options.get("sync_url")
         return not remote and not _IN_MEMORY.match(self.database) and self.database != ""
+
+    @property
+    def line(self) -> Line:
+        """Where to wait for its write lock."""
+        return line_of(str(Path(self.name).absolute())) if self.is_file else Line()
 
     def scrub(self, text: str) -> str:
         """The text without this connection's secrets: an address may hold them, and a server may echo them."""

@@ -16,7 +16,7 @@
             │   ├── DisconnectError    take another connection
             │   └── SnapshotError      roll back and run the transaction again
             └── ProgrammingError
-                └── ClosedError        the connection or cursor was closed
+                └── ClosedError        the connection was closed
 
 The module needs no driver, so that ``except SnapshotError`` can be written everywhere.
 """
@@ -80,4 +80,4 @@ class SnapshotError(OperationalError):
 
 
 class ClosedError(ProgrammingError):
-    """The connection or the cursor is closed."""
+    """The connection is closed."""

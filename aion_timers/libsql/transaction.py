@@ -72,6 +72,7 @@ class Transaction:
         """Whether nobody waits for this connection any more, so that it need not wait for a lock either."""
         self.state = State.IDLE
         self._level = level
+        self._line = source.line
         # the open ones, as long as a restart would have to set them again
         self._savepoints: list[str] = []
         # text, parameters and a digest of the rows of each read, and how many more rows may be kept that way
@@ -117,13 +118,10 @@ class Transaction:
         """
         kind = statement.kind
         if kind is _READ or kind is _WRITE:
-            if self.state is _IDLE:
-                self._begin(kind)
-            elif self.state is _LOST:
-                self._refuse()
-            elif self._attached and kind is _WRITE and self.state is _READING:
-                # SQLite would lock the file that is written, and not see that another one was read and has changed
-                self._restart()
+            if self.state is not _WRITING:
+                self._prepare(kind)
+                if kind is _WRITE and self.state is _IDLE:
+                    return self._run_alone(sql, parameters)
         elif self._control(statement):
             return None
         try:
@@ -135,9 +133,19 @@ class Transaction:
                 self._remember(sql, parameters, outcome[2])
             else:
                 self._note(statement)
-        elif kind is Kind.BEGIN or (kind is Kind.SAVEPOINT and self.state is _IDLE) or kind is Kind.RELEASE:
+        elif kind is Kind.BEGIN or kind is Kind.SAVEPOINT or kind is Kind.RELEASE:
             self._follow(statement)
         return outcome
+
+    def _prepare(self, kind: Kind) -> None:
+        """Prepare for a statement that reads or writes."""
+        if self.state is _IDLE:
+            self._begin(kind)
+        elif self.state is _LOST:
+            self._refuse()
+        elif self._attached and kind is _WRITE:
+            # SQLite would lock the file that is written, and not see that another one was read and has changed
+            self._restart()
 
     def _control(self, statement: Statement) -> bool:
         """Prepare for a statement that neither reads nor writes; whether that was all there is to do."""
@@ -205,7 +213,7 @@ class Transaction:
         failure = self._failure(error)
         if isinstance(failure, BusyError):
             if self.state is _IDLE or (self.state is _READING and kind in (_READ, Kind.INSPECT)):
-                return self._attempt(lambda: self._run(sql, parameters), first=failure)
+                return self._attempt(lambda: self._run(sql, parameters), busy=failure)
             if self.state is _READING:
                 self._restart()
                 return self._attempt(lambda: self._run(sql, parameters))
@@ -227,6 +235,13 @@ class Transaction:
         description = cursor.description or None
         return cursor, description, cursor.fetchall() if description else None
 
+    def _run_alone(self, sql: str, parameters: Parameters) -> Outcome:
+        """Run a statement that is a transaction of its own."""
+        try:
+            return self._take_lock(lambda: self._run(sql, parameters))
+        finally:
+            self._line.call()
+
     # -- begin, commit, roll back ------------------------------------------------------------------
 
     def _begin(self, kind: Kind) -> None:
@@ -238,7 +253,7 @@ class Transaction:
             self._attempt(lambda: raw.execute("BEGIN"))
             self.state = _READING
         else:
-            self._attempt(lambda: raw.execute("BEGIN IMMEDIATE"))
+            self._take_lock(lambda: raw.execute("BEGIN IMMEDIATE"))
             self.state = _WRITING
         if self._savepoints:
             self._restore_savepoints()
@@ -262,20 +277,22 @@ class Transaction:
     def rollback(self) -> None:
         """Roll back; without a transaction it does nothing."""
         raw = self.raw
-        self._end()
-        if raw.in_transaction:
-            self._attempt(raw.rollback)
+        try:
+            if raw.in_transaction:
+                self._attempt(raw.rollback)
+        finally:
+            self._end()
 
     def close(self) -> None:
         """Roll back and drop the driver's connection; a second call does nothing."""
         raw, self._raw = self._raw, None
-        self._end()
         if raw is None:
             return
         try:
             if raw.in_transaction:
                 self.source.call(raw.rollback)
         finally:
+            self._end()
             self.source.call(raw.close)
 
     def _end(self) -> None:
@@ -283,6 +300,7 @@ class Transaction:
         self._savepoints.clear()
         self._forget()
         self._restartable = True
+        self._line.call()
 
     # -- from reading to writing -------------------------------------------------------------------
 
@@ -296,7 +314,7 @@ class Transaction:
         self.source.call(raw.rollback)
         self.state = _LOST
         self._require_unchanged(snapshot)  # else there is no use in waiting for the lock
-        self._attempt(lambda: raw.execute("BEGIN IMMEDIATE"))
+        self._take_lock(lambda: raw.execute("BEGIN IMMEDIATE"))
         self._require_unchanged(snapshot)
         self.state = _WRITING
         self._restore_savepoints()
@@ -335,6 +353,7 @@ class Transaction:
         if raw.in_transaction:
             self.source.call(raw.rollback)
         self._forget()
+        self._line.call()
         raise SnapshotError(
             f"the transaction can't write, because another connection has committed meanwhile or is about to: {reason};"
             " roll back and run it again, at isolation level IMMEDIATE if that shall not happen twice"
@@ -370,25 +389,49 @@ class Transaction:
 
     # -- calling the driver ------------------------------------------------------------------------
 
-    def _attempt(self, operation: Callable[[], _T], *, first: BusyError | None = None) -> _T:
-        """Call the driver, waiting here while it is busy: its own busy timeout would keep the interpreter's lock."""
-        wait = LockWait(self.timeout)
-        busy = first
-        while True:
-            if busy is not None and (self.abandoned or not wait.pause()):
-                raise BusyError(
-                    f"{busy}: another connection held it for longer than {self.timeout:g} s; keep transactions that"
-                    " write short, or wait longer with connect_args={'timeout': seconds}"
-                ) from None
+    def _take_lock(self, operation: Callable[[], _T]) -> _T:
+        """Call an operation that takes the write lock, after those who wait for the lock in this process."""
+        busy = None
+        if self._line.first is None:
             try:
                 return operation()
-            except BaseException as error:
-                failure = self._failure(error)
-                if not isinstance(failure, BusyError):
-                    if failure is error:
-                        raise
-                    raise failure from None
-                busy = failure
+            except BaseException as error:  # noqa: BLE001 - the driver's panics are no Exception
+                busy = self._busy(error)
+        with self._line.place() as place:
+            wait = LockWait(self.timeout, place.sleep)
+            while not place.first:
+                if self.abandoned or not wait.remaining:
+                    raise self._too_long() from None
+                place.sleep(min(wait.remaining, _LOOK_UP))
+            return self._attempt(operation, wait=wait, busy=busy)
+
+    def _attempt(
+        self, operation: Callable[[], _T], *, wait: LockWait | None = None, busy: BusyError | None = None
+    ) -> _T:
+        """Call the driver, waiting here while it is busy: its own busy timeout would keep the interpreter's lock."""
+        wait = wait or LockWait(self.timeout)
+        while True:
+            if busy is not None and (self.abandoned or not wait.pause()):
+                raise self._too_long() from None
+            try:
+                return operation()
+            except BaseException as error:  # noqa: BLE001 - the driver's panics are no Exception
+                busy = self._busy(error)
+
+    def _busy(self, error: BaseException) -> BusyError:
+        """The error, if it says that somebody holds a lock; any other is raised."""
+        failure = self._failure(error)
+        if isinstance(failure, BusyError):
+            return failure
+        if failure is error:
+            raise error
+        raise failure from None
+
+    def _too_long(self) -> BusyError:
+        return BusyError(
+            f"database is locked: another connection held the lock for longer than {self.timeout:g} s; keep"
+            " transactions that write short, or wait longer with connect_args={'timeout': seconds}"
+        )
 
     def _failure(self, error: BaseException) -> BaseException:
         """The error to raise for one of the driver; and whether SQLite rolled back because of it."""
@@ -411,6 +454,9 @@ class Transaction:
 
     def _refuse(self) -> NoReturn:
         raise OperationalError("the transaction was rolled back after an error: call rollback() before anything else")
+
+
+_LOOK_UP = 0.1  # seconds between looks, while others are first, at whether the wait was abandoned
 
 
 def _digest(rows: Rows) -> bytes:

@@ -70,6 +70,16 @@ class Database:
         return False
 
     @contextmanager
+    def held(self) -> Iterator[None]:
+        """The write lock, held by another connection; what it wrote is rolled back."""
+        connection = self.connect()
+        connection.execute("UPDATE items SET n = n + 1")
+        try:
+            yield
+        finally:
+            connection.close()
+
+    @contextmanager
     def writer(self, seconds: float, *, sql: str = "UPDATE items SET n = n + 1", commit: bool = True) -> Iterator[None]:
         """Another thread that holds the write lock for a while."""
         holds = threading.Event()

@@ -167,9 +167,9 @@ def test_executemany(connection: dbapi.Connection) -> None:
 def test_what_is_closed(connection: dbapi.Connection) -> None:
     cursor = connection.execute("SELECT 1")
     cursor.close()
-    with pytest.raises(ClosedError, match="cursor"):
+    with pytest.raises(ProgrammingError, match="the cursor is closed"):
         cursor.fetchone()
-    with pytest.raises(ClosedError, match="cursor"):
+    with pytest.raises(ProgrammingError, match="the cursor is closed"):
         cursor.execute("SELECT 1")
     other = connection.cursor()
     connection.close()
@@ -285,3 +285,12 @@ def test_repr_shows_no_secret(tmp_path: Any) -> None:
     assert "hunter" not in str(raised.value)
     with pytest.raises(ProgrammingError, match="nonsense"):
         dbapi.connect(str(tmp_path / "secret.db"), encryption_key="hunter3", nonsense="x")
+
+
+def test_what_names_a_database(database: Any) -> None:
+    connection = dbapi.connect(database.path)
+    assert connection.execute("SELECT count(*) FROM items").fetchone() == (2,)
+    connection.close()
+    for wrong in (None, b"app.db", 5):
+        with pytest.raises(ProgrammingError, match="a str or a path"):
+            dbapi.connect(wrong)  # type: ignore[arg-type]
