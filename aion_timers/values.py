@@ -58,8 +58,13 @@ class TimerId:
     """
 
     value: str | int
+    _encoded: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        self._check()
+        object.__setattr__(self, "_encoded", _encoded(self.value))
+
+    def _check(self) -> None:
         value = self.value
         if isinstance(value, bool) or not isinstance(value, str | int):
             _invalid(
@@ -116,10 +121,15 @@ class TimerId:
 _short_name: Final = lru_cache(maxsize=1024)(TimerId)
 
 
+def _encoded(value: str | int) -> str:
+    return f'{{"Named":{_json_string(value)}}}' if isinstance(value, str) else f'{{"Anonymous":{value}}}'
+
+
 def _stored_id(value: str | int) -> TimerId:
     # what another program stored may be what we refuse to write: an empty name
     made = object.__new__(TimerId)
     object.__setattr__(made, "value", value)
+    object.__setattr__(made, "_encoded", _encoded(value))
     return made
 
 
@@ -173,21 +183,12 @@ def check_workflow_id(workflow_id: UUID) -> UUID:
     return workflow_id
 
 
-def _entry(workflow_id: UUID, timer_id: TimerId, fire_at: datetime, stored: str | None) -> TimerEntry:
-    # decoded text is valid already; checking each row again would double the cost of a read
-    made = object.__new__(TimerEntry)
-    _put_workflow_id(made, workflow_id)
-    _put_timer_id(made, timer_id)
-    _put_fire_at(made, fire_at)
-    _put_stored(made, stored)
-    return made
-
-
 # the slots themselves: a frozen class's own way, object.__setattr__, looks each of them up
 _put_workflow_id: Final = TimerEntry.__dict__["workflow_id"].__set__
 _put_timer_id: Final = TimerEntry.__dict__["timer_id"].__set__
 _put_fire_at: Final = TimerEntry.__dict__["fire_at"].__set__
 _put_stored: Final = TimerEntry.__dict__["_stored"].__set__
+_new_entry: Final = object.__new__
 
 
 def utc(argument: str, value: datetime) -> datetime:
@@ -233,8 +234,7 @@ def encode_workflow_id(workflow_id: UUID) -> str:
 
 def encode_timer_id(timer_id: TimerId) -> str:
     """Compact JSON, not ASCII-escaped, with control characters escaped as JSON does."""
-    value = timer_id.value
-    return f'{{"Named":{_json_string(value)}}}' if isinstance(value, str) else f'{{"Anonymous":{value}}}'
+    return timer_id._encoded  # noqa: SLF001 - made with the id, and read for each row
 
 
 def encode_instant(instant: datetime) -> str:
@@ -300,15 +300,16 @@ def decode_row(workflow_id: bytes, timer_id: bytes, fire_at: bytes) -> TimerEntr
         NotCanonicalError: the row is not exactly what the encodings of this module write.
     """
     try:
+        # decoded text is valid already; checking each row again would double the cost of a read
+        made = _new_entry(TimerEntry)
+        _put_workflow_id(made, decode_workflow_id(workflow_id.decode()))
+        _put_timer_id(made, decode_timer_id(timer_id.decode()))
         stored = fire_at.decode()
-        return _entry(
-            decode_workflow_id(workflow_id.decode()),
-            decode_timer_id(timer_id.decode()),
-            decode_instant(stored),
-            None if stored.endswith("000Z") else stored,
-        )
+        _put_fire_at(made, decode_instant(stored))
+        _put_stored(made, None if stored.endswith("000Z") else stored)
     except (UnicodeDecodeError, AttributeError) as error:
         raise NotCanonicalError((workflow_id, timer_id, fire_at)) from error
+    return made
 
 
 def decode_columns(workflow_id: UUID, timer_id: str, fire_at: datetime) -> TimerEntry:
@@ -317,4 +318,9 @@ def decode_columns(workflow_id: UUID, timer_id: str, fire_at: datetime) -> Timer
     Raises:
         NotCanonicalError: the timer id is not exactly what `encode_timer_id` writes.
     """
-    return _entry(workflow_id, decode_timer_id(timer_id), _EPOCH + (fire_at - _NAIVE_EPOCH), None)
+    made = _new_entry(TimerEntry)
+    _put_workflow_id(made, workflow_id)
+    _put_timer_id(made, decode_timer_id(timer_id))
+    _put_fire_at(made, _EPOCH + (fire_at - _NAIVE_EPOCH))
+    _put_stored(made, None)
+    return made
