@@ -20,12 +20,14 @@ from aion_timers.errors import (
 )
 from aion_timers.repository import AsyncTimerRepository, TimerRepository
 from aion_timers.schema import Timer
+from aion_timers.statements import IfExists
 from aion_timers.values import TimerEntry, TimerId
 
 __all__ = [
     "AsyncTimerRepository",
     "DowngradeRefusedError",
     "ForeignRowError",
+    "IfExists",
     "InvalidInputError",
     "MigrationError",
     "NotMigratedError",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.exc import DBAPIError, UnboundExecutionError
+from sqlalchemy.exc import DBAPIError, OperationalError, UnboundExecutionError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from aion_timers import libsql
@@ -28,21 +28,19 @@ from aion_timers.errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.ext.asyncio import AsyncEngine
-    from sqlalchemy.pool import ConnectionPoolEntry
 
 MIGRATE: Final = "run `alembic upgrade head` or call aion_timers.migrate.upgrade(engine)"
 
 _DRIVERS: Final = {
-    "postgresql": {"psycopg", "psycopg_async", "asyncpg"},
-    "sqlite": {"libsql", "aiolibsql", "pysqlite", "aiosqlite"},
+    "postgresql": ("psycopg", "psycopg_async", "asyncpg"),
+    "sqlite": ("libsql", "aiolibsql", "pysqlite", "aiosqlite"),
 }
 _OLDEST_SQLITE: Final = (3, 35)
 _BUSY_TIMEOUT: Final = 5000  # milliseconds, what sqlite3 waits if it is not told otherwise
-_OWN_AUTOCOMMIT: Final = "aion_timers.autocommit"
 
 _dependable: WeakSet[Engine] = WeakSet()
+_prepared: WeakSet[Engine] = WeakSet()
 
 
 def require_dependable(connection: Connection) -> None:
@@ -63,7 +61,7 @@ def require_dependable(connection: Connection) -> None:
     if dialect.driver not in drivers:
         raise UnsupportedBindError(
             f"there is no support for the driver {dialect.driver!r} of {dialect.name}",
-            f"make the engine with one of {', '.join(sorted(drivers))}, as in {dialect.name}+{min(drivers)}://",
+            f"make the engine with one of {', '.join(drivers)}, as in {dialect.name}+{drivers[0]}://",
         )
     if dialect.driver.endswith("libsql"):
         if not libsql.is_sound(dialect):
@@ -71,68 +69,107 @@ def require_dependable(connection: Connection) -> None:
                 "the stock libSQL dialect loses updates and hides errors",
                 "import aion_timers before create_engine() is called: it puts a sound dialect under the same URL",
             )
-    elif dialect.name == "sqlite":
-        _require_plain_sqlite(connection)
+    elif dialect.name == "sqlite" and not _begins(connection):
+        return
     _dependable.add(connection.engine)
 
 
-def _require_plain_sqlite(connection: Connection) -> None:
-    version = connection.dialect.server_version_info or ()
+def _begins(connection: Connection) -> bool:
+    """Whether a ``sqlite3`` engine has shown that its transactions begin; one that shows otherwise is refused."""
+    dialect = connection.dialect
+    version = dialect.server_version_info or ()
     if version < _OLDEST_SQLITE:
         raise UnsupportedBindError(f"SQLite {'.'.join(map(str, version))} is too old", "3.35 is the oldest that serves")
+    if _is_autocommit(connection):
+        return False  # which is fine, but tells nothing of the engine's other connections
+    fresh = not connection.in_transaction()
+    if fresh:
+        connection.begin()
     driver: Any = connection.connection.driver_connection
     driver = getattr(driver, "_conn", driver)  # aiosqlite shows no autocommit attribute
-    if driver.isolation_level is not None and getattr(driver, "autocommit", None) is not False:
+    explicit = driver.isolation_level is None or getattr(driver, "autocommit", None) is False
+    # what came before may have begun a transaction in the driver's default mode, too
+    if not driver.in_transaction or not (fresh or explicit):
         raise UnsafeEngineError(
-            "the sqlite3 driver in its default mode begins no transaction before a SAVEPOINT, which then commits",
-            "call aion_timers.prepare_sqlite(engine) once, before the engine's first connection",
+            "the sqlite3 driver, as this engine sets it up, begins no transaction before a SAVEPOINT, and commits it",
+            "call aion_timers.prepare_sqlite(engine) once after create_engine()",
         )
+    return not connection.in_nested_transaction()  # a SAVEPOINT alone looks like a transaction
+
+
+def _is_autocommit(connection: Connection) -> bool:
+    # the driver's own mode does not tell: the level is given for a connection, or for the whole engine
+    levels = (
+        connection.get_execution_options().get("isolation_level"),
+        getattr(connection.dialect, "_on_connect_isolation_level", None),
+    )
+    return next((level for level in levels if level), None) == "AUTOCOMMIT"
 
 
 def prepare_sqlite(engine: Engine | AsyncEngine) -> None:
-    """Make a plain ``sqlite://`` or ``sqlite+aiosqlite://`` engine dependable, once, before its first connection.
+    """Make a plain ``sqlite://`` or ``sqlite+aiosqlite://`` engine dependable; call it once after ``create_engine``.
 
     SQLAlchemy then emits BEGIN itself, as its documentation on the SQLite drivers advises, so that savepoints and DDL
     belong to the transaction. A connection that waits for no lock at all (``timeout=0``) waits 5 seconds. Connections
     at isolation level AUTOCOMMIT stay as they are. An engine of the libSQL dialects needs none of this.
 
     Raises:
-        UnsupportedBindError: not an engine of these two drivers.
+        UnsupportedBindError: not an engine of these two drivers, or one that ``execution_options()`` has made of it.
     """
     sync: Engine = getattr(engine, "sync_engine", engine)  # type: ignore[arg-type] # either kind of engine
     if not isinstance(sync, Engine) or sync.dialect.driver not in {"pysqlite", "aiosqlite"}:
         raise UnsupportedBindError(
             "only engines of sqlite:// and sqlite+aiosqlite:// need to be prepared", "use this engine as it is"
         )
-    if sync in _dependable:
+    if hasattr(sync, "_proxied"):
+        raise UnsupportedBindError(
+            "this engine was made by execution_options() and shares the pool of another", "prepare that one"
+        )
+    if sync in _prepared:
         return
-
-    @event.listens_for(sync, "connect")
-    def on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-        driver: Any = connection
-        record.info[_OWN_AUTOCOMMIT] = driver.isolation_level is None
-        driver.isolation_level = None
-        cursor = driver.cursor()
-        cursor.execute("PRAGMA busy_timeout")
-        if cursor.fetchone() == (0,):
-            cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT}")
-        cursor.close()
 
     @event.listens_for(sync, "begin")
     def on_begin(connection: Connection) -> None:
-        own = connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
-        if not own and not connection.info[_OWN_AUTOCOMMIT]:
-            connection.exec_driver_sql("BEGIN")
+        if _is_autocommit(connection):
+            return
+        driver: Any = connection.connection.dbapi_connection
+        # the mode of a new connection, and of one that comes back from AUTOCOMMIT, is the driver's default
+        if driver.isolation_level is not None:
+            _prepare_connection(driver)
+        connection.exec_driver_sql("BEGIN")
 
-    _dependable.add(sync)
+    _prepared.add(sync)
+
+
+def _prepare_connection(driver: Any) -> None:  # noqa: ANN401 - sqlite3's or SQLAlchemy's adapter of aiosqlite's
+    driver.isolation_level = None
+    cursor = driver.cursor()
+    cursor.execute("PRAGMA busy_timeout")
+    if cursor.fetchone() == (0,):
+        cursor.execute(f"PRAGMA busy_timeout = {_BUSY_TIMEOUT}")
+    cursor.close()
 
 
 # -- what a refusal means ---------------------------------------------------------------------------------------------
 
-_MISSING: Final = re.compile(r"no such (?:table|column):? (?:\w+\.)?\w+|has no column named")
+_OUR_TABLE: Final = re.compile(r"(?:no such table: |relation \"|table )(?:\w+\.)?timers\b")
+_OUR_COLUMN: Final = re.compile(r"column:? \"?(?:timers\.)?(?:workflow_id|timer_id|fire_at)\b")
 _READ_ONLY: Final = re.compile(r"attempt to write a readonly database")
 _NO_FILE: Final = re.compile(r"unable to open (?:the )?database|can't be opened", re.IGNORECASE)
 _NO_DATABASE: Final = re.compile(r"file is not a database")
+
+
+@contextmanager
+def connecting() -> Iterator[None]:
+    """Like `explained`, while a connection is acquired: a server that does not answer is unavailable, too."""
+    try:
+        with explained():
+            yield
+    except (OSError, OperationalError) as error:
+        orig = getattr(error, "orig", None) or error
+        raise StoreUnavailableError(
+            f"the database does not answer ({_first_line(orig)})", "see that it runs, and that the URL names it"
+        ) from error
 
 
 @contextmanager
@@ -166,7 +203,8 @@ def explained() -> Iterator[None]:
 def _explain(error: DBAPIError) -> Exception | None:
     state = getattr(error.orig, "sqlstate", None)
     text = _first_line(error.orig) if error.orig is not None else ""
-    if state in {"42P01", "42703", "3F000"} or (state is None and _MISSING.search(text)):
+    missing = state in {None, "42P01", "42703"} and (_OUR_TABLE.search(text) or _OUR_COLUMN.search(text))
+    if missing or state == "3F000":
         return NotMigratedError(f"the database is not migrated ({text})", MIGRATE)
     if state == "25006" or _READ_ONLY.search(text):
         return StoreUnavailableError(

@@ -32,11 +32,28 @@ def shown(value: object) -> str:
 
 
 class TimerStoreError(Exception):
-    """The base of every error of this library."""
+    """The base of every error of this library. All of them can be pickled."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # by default an exception is made again from its message, which is not what ours are made from
+        return _made_again, (type(self), self.args, self.__dict__)
+
+
+def _made_again(kind: type[TimerStoreError], args: tuple[object, ...], state: dict[str, object]) -> TimerStoreError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class _CuredError(TimerStoreError):
+    def __init__(self, problem: str, cure: str) -> None:
+        super().__init__(f"{problem}; {cure}")
+        self.cure = cure
 
 
 class InvalidInputError(TimerStoreError, ValueError):
-    """An argument that cannot be stored or asked for; nothing was changed.
+    """An argument that cannot be stored or asked for.
 
     Attributes:
         argument: the argument's name.
@@ -51,16 +68,12 @@ class InvalidInputError(TimerStoreError, ValueError):
         self.cure = cure
 
 
-class UnsupportedBindError(TimerStoreError, TypeError):
+class UnsupportedBindError(_CuredError, TypeError):
     """An object or a database that the repository cannot work on.
 
     Attributes:
         cure: what to pass instead.
     """
-
-    def __init__(self, problem: str, cure: str) -> None:
-        super().__init__(f"{problem}; {cure}")
-        self.cure = cure
 
 
 class UnsafeEngineError(UnsupportedBindError):
@@ -80,32 +93,24 @@ class ForeignRowError(TimerStoreError):
         self.cure = cure
 
 
-class StoreUnavailableError(TimerStoreError):
+class StoreUnavailableError(_CuredError):
     """The database cannot be reached or written. The driver's error is the cause.
 
     Attributes:
         cure: what to do about it.
     """
 
-    def __init__(self, problem: str, cure: str) -> None:
-        super().__init__(f"{problem}; {cure}")
-        self.cure = cure
-
 
 class PoolExhaustedError(StoreUnavailableError):
     """No connection of the engine's pool came free in time."""
 
 
-class MigrationError(TimerStoreError):
+class MigrationError(_CuredError):
     """The schema is not what this version works with.
 
     Attributes:
         cure: the command that mends it, or what to do by hand.
     """
-
-    def __init__(self, problem: str, cure: str) -> None:
-        super().__init__(f"{problem}; {cure}")
-        self.cure = cure
 
 
 class NotMigratedError(MigrationError):

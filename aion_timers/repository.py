@@ -17,7 +17,7 @@ from sqlalchemy import Connection, CursorResult, Executable
 from sqlalchemy.orm import Session, scoped_session
 
 from aion_timers import statements
-from aion_timers.engine import explained, require_dependable
+from aion_timers.engine import connecting, explained, require_dependable
 from aion_timers.errors import ForeignRowError, InvalidInputError, UnsupportedBindError, shown
 from aion_timers.schema import SQLITE, Timer
 from aion_timers.statements import IfExists, Name, Parameters, Row
@@ -47,7 +47,7 @@ _MOST_ROWS: Final = 2**63 - 1
 _MOST_REPORTED: Final = 10_000
 
 _log = logging.getLogger(__name__)
-_reported: set[tuple[Any, ...]] = set()
+_reported: set[int] = set()
 
 
 # -- arguments --------------------------------------------------------------------------------------------------------
@@ -97,6 +97,23 @@ def _names(names: Iterable[str] | None) -> Sequence[str] | None:
     return [TimerId.named(name).value for name in names]  # type: ignore[misc] # a named id's value is its name
 
 
+def _entries(entries: Iterable[TimerEntry]) -> Iterable[TimerEntry]:
+    if not isinstance(entries, Iterable):
+        raise InvalidInputError(
+            "entries", entries, "not a collection of entries", "pass a list, or a generator of them"
+        )
+    if isinstance(entries, Sequence):
+        for timer in entries:  # before the first of them is written
+            _writable(timer)
+    return entries
+
+
+def _checked_clock(clock: Clock | None) -> Clock | None:
+    if clock is not None and not callable(clock):
+        raise InvalidInputError("clock", clock, "not callable", "pass a function, as in lambda: datetime.now(UTC)")
+    return clock
+
+
 def _page(after: TimerEntry | None) -> TimerEntry | None:
     if after is not None and not isinstance(after, TimerEntry):
         raise InvalidInputError("after", after, "no TimerEntry", "pass the last entry of the page before")
@@ -124,8 +141,10 @@ def _all_decoded(dialect: Name, rows: Sequence[Row]) -> list[TimerEntry]:
 
 
 def _report(row: tuple[Any, ...]) -> None:
-    if row not in _reported and len(_reported) < _MOST_REPORTED:
-        _reported.add(row)
+    # not the row itself, which may be of any size
+    seen = hash(row)
+    if seen not in _reported and len(_reported) < _MOST_REPORTED:
+        _reported.add(seen)
         texts = {name: shown(value) for name, value in zip(("workflow_id", "timer_id", "fire_at"), row, strict=True)}
         _log.warning(
             "left alone a row of timers that another program wrote in a form of its own: %s",
@@ -263,6 +282,14 @@ def _delete(ours: Sequence[tuple[Row, TimerEntry]]) -> Operation[list[TimerEntry
     return [timer for row, timer in ours if row in gone]
 
 
+_READING: Final = (_expired, _next_fire_at, _get, _list_workflow)
+
+
+def _bind_for(operation: Callable[..., Operation[Any]]) -> dict[str, Any]:
+    """What a session's ``get_bind`` is asked with: one that sends reads elsewhere has to see that this is a write."""
+    return {"mapper": Timer} if operation in _READING else {"mapper": Timer, "clause": statements.lock()}
+
+
 # -- repositories -----------------------------------------------------------------------------------------------------
 
 
@@ -274,8 +301,8 @@ class _Clocked:
 
     def _as_of(self, as_of: datetime | None) -> datetime | None:
         if as_of is not None:
-            return utc("as_of", as_of)
-        return None if self._clock is None else utc("clock", self._clock())
+            return utc("as_of", as_of, up=False)
+        return None if self._clock is None else utc("clock", self._clock(), up=False)
 
     def _forget(self, keys: Iterable[Key]) -> None:
         loaded = getattr(self._bind, "identity_map", None)
@@ -291,8 +318,9 @@ class TimerRepository(_Clocked):
     """Timers in the transaction of a Session, a scoped_session or a Connection.
 
     Nothing is committed here: what a method wrote becomes durable when the caller commits, and is gone when the caller
-    rolls back. A `Timer` that the session has loaded is expired when its row is changed. Timers come back in the order
-    of ``fire_at``, then workflow id, then timer id, which is the same on every database.
+    rolls back. A `Timer` that the session has loaded is expired when its row is changed; one that was loaded again in a
+    savepoint which is rolled back is not, and what the session has not flushed is not seen. Timers come back in the
+    order of ``fire_at``, then workflow id, then timer id, which is the same on every database.
 
     A row that another program wrote into a SQLite file in a form of its own is never returned, moved or deleted; it is
     logged once.
@@ -302,33 +330,37 @@ class TimerRepository(_Clocked):
         clock: tells the current instant as an aware datetime. By default the database's clock decides.
 
     Every method raises:
-        InvalidInputError: an argument cannot be stored or asked for; nothing was changed.
+        InvalidInputError: an argument cannot be stored or asked for; nothing was changed, unless it was an entry that
+            a generator gave after others.
         UnsupportedBindError: the bind, the database or its driver is not supported or not dependable.
         NotMigratedError: the table does not exist; the message says which command makes it.
-        PoolExhaustedError, StoreUnavailableError: the database cannot be reached or written.
+        PoolExhaustedError, StoreUnavailableError: the database cannot be reached or written. Errors in the middle of
+            a transaction, such as a lost connection or a deadlock, are SQLAlchemy's own.
     """
 
     def __init__(self, bind: Session | scoped_session[Any] | Connection, *, clock: Clock | None = None) -> None:
         if not isinstance(bind, Session | scoped_session | Connection):
             raise UnsupportedBindError(f"TimerRepository does not take {_article(bind)}", _cure(bind, "Async"))
         self._bind = bind
-        self._clock = clock
+        self._clock = _checked_clock(clock)
 
     def _run(
         self, operation: Callable[Concatenate[Name, Forget, P], Operation[T]], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        with explained():
-            bind = self._bind
-            connection = bind if isinstance(bind, Connection) else bind.connection(bind_arguments={"mapper": Timer})
+        bind = self._bind
+        with connecting():
+            connection = bind if isinstance(bind, Connection) else bind.connection(bind_arguments=_bind_for(operation))
             require_dependable(connection)
-            steps = operation(statements.dialect_name(connection.dialect), self._forget, *args, **kwargs)
-            try:
-                statement, parameters = next(steps)
-                while True:
-                    statement, parameters = steps.send(connection.execute(statement, parameters))
-            except StopIteration as stop:
-                result: T = stop.value
-                return result
+        steps = operation(statements.dialect_name(connection.dialect), self._forget, *args, **kwargs)
+        try:
+            statement, parameters = next(steps)
+            while True:
+                with explained():
+                    result = connection.execute(statement, parameters)
+                statement, parameters = steps.send(result)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
 
     def schedule(
         self, workflow_id: UUID, timer_id: TimerId | str | int, fire_at: datetime, *, if_exists: IfExists = "replace"
@@ -358,7 +390,8 @@ class TimerRepository(_Clocked):
         They are written in chunks of 1,000, one statement a chunk, so a generator of any length needs little memory.
         Within a chunk rows are locked in the order of their keys; across chunks no order can be kept, so two such calls
         with overlapping keys can deadlock on PostgreSQL, and the transaction that the database ends is to be retried.
-        If an entry is refused, the chunks before it are written: roll back.
+        A collection is checked before anything is written; if a generator gives an entry that is refused, the chunks
+        before it are written: roll back.
 
         Returns:
             How many rows were inserted or moved; one that several entries name counts once a chunk.
@@ -366,7 +399,7 @@ class TimerRepository(_Clocked):
         Raises:
             ForeignRowError: another program's row stands under one of the keys, in a form that cannot be moved.
         """
-        return self._run(_schedule_many, entries, _policy(if_exists))
+        return self._run(_schedule_many, _entries(entries), _policy(if_exists))
 
     def expired(
         self, as_of: datetime | None = None, *, limit: int | None = None, after: TimerEntry | None = None
@@ -411,8 +444,8 @@ class TimerRepository(_Clocked):
         Args:
             as_of: an aware datetime, by default now.
             limit: how many at most.
-            names: only timers of these names; one that ends with ``*`` stands for every name that begins so. By default
-                every timer, anonymous ones too.
+            names: only timers of these names; one that ends with ``*`` stands for every name that begins so, itself
+                too. By default every timer, anonymous ones too.
         """
         return self._run(_take, self._as_of(as_of), _at_most(limit), _names(names))
 
@@ -426,25 +459,27 @@ class AsyncTimerRepository(_Clocked):
         if not isinstance(bind, _async_binds()):
             raise UnsupportedBindError(f"AsyncTimerRepository does not take {_article(bind)}", _cure(bind, ""))
         self._bind = bind
-        self._clock = clock
+        self._clock = _checked_clock(clock)
 
     async def _run(
         self, operation: Callable[Concatenate[Name, Forget, P], Operation[T]], *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        with explained():
-            bind = self._bind
+        bind = self._bind
+        with connecting():
             connection: AsyncConnection = (
-                await bind.connection(bind_arguments={"mapper": Timer}) if hasattr(bind, "identity_map") else bind
+                await bind.connection(bind_arguments=_bind_for(operation)) if hasattr(bind, "identity_map") else bind
             )
             await connection.run_sync(require_dependable)
-            steps = operation(statements.dialect_name(connection.dialect), self._forget, *args, **kwargs)
-            try:
-                statement, parameters = next(steps)
-                while True:
-                    statement, parameters = steps.send(await connection.execute(statement, parameters))
-            except StopIteration as stop:
-                result: T = stop.value
-                return result
+        steps = operation(statements.dialect_name(connection.dialect), self._forget, *args, **kwargs)
+        try:
+            statement, parameters = next(steps)
+            while True:
+                with explained():
+                    result = await connection.execute(statement, parameters)
+                statement, parameters = steps.send(result)
+        except StopIteration as stop:
+            value: T = stop.value
+            return value
 
     async def schedule(
         self, workflow_id: UUID, timer_id: TimerId | str | int, fire_at: datetime, *, if_exists: IfExists = "replace"
@@ -455,7 +490,7 @@ class AsyncTimerRepository(_Clocked):
 
     async def schedule_many(self, entries: Iterable[TimerEntry], *, if_exists: IfExists = "replace") -> int:
         """Like `TimerRepository.schedule_many`."""
-        return await self._run(_schedule_many, entries, _policy(if_exists))
+        return await self._run(_schedule_many, _entries(entries), _policy(if_exists))
 
     async def expired(
         self, as_of: datetime | None = None, *, limit: int | None = None, after: TimerEntry | None = None
@@ -513,9 +548,9 @@ def _article(bind: object) -> str:
 
 
 def _cure(bind: object, other: str) -> str:
-    name = type(bind).__name__
-    if name in {"Engine", "OptionEngine", "AsyncEngine", "sessionmaker", "async_sessionmaker"}:
+    kinds = {kind.__name__ for kind in type(bind).__mro__}
+    if kinds & {"Engine", "AsyncEngine", "sessionmaker", "async_sessionmaker"}:
         return "open a session or a connection and pass that: its transaction is the caller's"
-    if "Session" in name or "session" in name or "Connection" in name:
+    if kinds & {"Session", "Connection", "scoped_session", "AsyncSession", "AsyncConnection", "async_scoped_session"}:
         return f"use {other}TimerRepository for it"
     return f"pass {'a' if other else 'an async'} session or connection of SQLAlchemy"

@@ -14,10 +14,12 @@ from uuid import UUID
 from sqlalchemy import (
     CheckConstraint,
     ColumnElement,
+    DateTime,
     Dialect,
     Index,
     LargeBinary,
     MetaData,
+    String,
     Table,
     Text,
     TypeDecorator,
@@ -31,11 +33,11 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects.postgresql import TIMESTAMP
 from sqlalchemy.ext.compiler import compiles
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, validates
 from sqlalchemy.sql import operators
 from sqlalchemy.sql.expression import FunctionElement, SelectBase
 
-from aion_timers.errors import ForeignRowError
+from aion_timers.errors import ForeignRowError, InvalidInputError
 from aion_timers.values import (
     MAX_ENCODED_TIMER_ID,
     NotCanonicalError,
@@ -149,6 +151,13 @@ class _WorkflowIds(TypeDecorator.Comparator[UUID]):
     def operate(self, op: Any, *other: Any, **kwargs: Any) -> ColumnElement[Any]:  # noqa: ANN401 - as the base declares
         if len(other) == 1:
             operand = other[0].__clause_element__() if hasattr(other[0], "__clause_element__") else other[0]
+            if isinstance(operand, ColumnElement) and isinstance(operand.type, String):
+                raise InvalidInputError(
+                    "workflow_id",
+                    str(operand),
+                    "compared with a column of text",
+                    "compare it with a column of type Uuid",
+                )
             if isinstance(operand, ColumnElement) and isinstance(operand.type, Uuid):
                 same = super().operate(op, _WorkflowIdOf(operand), **kwargs)
                 # said both ways round, either table's index can serve the join
@@ -157,6 +166,61 @@ class _WorkflowIds(TypeDecorator.Comparator[UUID]):
                 (column,) = operand.subquery().columns
                 if isinstance(column.type, Uuid):
                     return super().operate(op, select(_WorkflowIdOf(column)), **kwargs)
+        return super().operate(op, *other, **kwargs)
+
+
+class _TimerIds(TypeDecorator.Comparator[TimerId]):
+    """Compares whole ids: what is stored is their JSON text, of which no part is worth comparing."""
+
+    def operate(self, op: Any, *other: Any, **kwargs: Any) -> ColumnElement[Any]:  # noqa: ANN401 - as the base declares
+        if op in _LIKE:
+            raise InvalidInputError(
+                "timer_id",
+                other[0],
+                "a part of an id cannot be compared",
+                "use the repository's take(names=['retry-*'])",
+            )
+        return super().operate(op, *other, **kwargs)
+
+
+_LIKE: Final = {
+    *(operators.like_op, operators.not_like_op, operators.ilike_op, operators.not_ilike_op),
+    *(operators.startswith_op, operators.not_startswith_op, operators.istartswith_op, operators.not_istartswith_op),
+    *(operators.endswith_op, operators.not_endswith_op, operators.iendswith_op, operators.not_iendswith_op),
+    *(operators.contains_op, operators.not_contains_op, operators.icontains_op, operators.not_icontains_op),
+}
+
+
+class _InstantOf(FunctionElement[Any]):
+    """An instant of another type, such as ``func.now()`` or a host's `DateTime` column, written as ours are."""
+
+    inherit_cache = True
+    name = "instant_of"
+
+
+@compiles(_InstantOf, POSTGRESQL)
+def _instant_as_is(element: _InstantOf, compiler: SQLCompiler, **options: Any) -> str:  # noqa: ANN401 - the compiler's own options
+    (value,) = element.clauses
+    return compiler.process(value, **options)
+
+
+@compiles(_InstantOf, SQLITE)
+def _instant_text(element: _InstantOf, compiler: SQLCompiler, **options: Any) -> str:  # noqa: ANN401 - the compiler's own options
+    # SQLAlchemy and SQLite write UTC with a space, and with six digits of fraction or none
+    (value,) = element.clauses
+    rest = func.substr(literal_column("'.000000000Z'"), func.length(value) - literal_column("18"))
+    text = func.replace(value, literal_column("' '"), literal_column("'T'"), type_=Text)
+    return "(" + compiler.process(text.concat(rest), **options) + ")"
+
+
+class _Instants(TypeDecorator.Comparator[datetime]):
+    """Compares with instants of other types, which the SQLite family stores in another form."""
+
+    def operate(self, op: Any, *other: Any, **kwargs: Any) -> ColumnElement[Any]:  # noqa: ANN401 - as the base declares
+        if len(other) == 1:
+            operand = other[0].__clause_element__() if hasattr(other[0], "__clause_element__") else other[0]
+            if isinstance(operand, ColumnElement) and isinstance(operand.type, DateTime):
+                return super().operate(op, _InstantOf(operand), **kwargs)
         return super().operate(op, *other, **kwargs)
 
 
@@ -169,6 +233,11 @@ def _foreign(problem: str, stored: object) -> ForeignRowError:
         problem,
         "another program wrote it, and it is left as it is; the methods of the repository read round such rows",
     )
+
+
+def _text(value: bytes | str) -> str:
+    # text where the host's own SQL fetched the column as it is
+    return value.decode() if isinstance(value, bytes) else value
 
 
 class WorkflowIdType(TypeDecorator[UUID]):
@@ -194,8 +263,8 @@ class WorkflowIdType(TypeDecorator[UUID]):
         if value is None or isinstance(value, UUID):
             return value
         try:
-            return decode_workflow_id(value.decode())
-        except (NotCanonicalError, UnicodeDecodeError, AttributeError):
+            return decode_workflow_id(_text(value))
+        except (NotCanonicalError, UnicodeDecodeError):
             raise _foreign("its workflow id is not in canonical form", value) from None
 
     def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
@@ -207,6 +276,7 @@ class TimerIdType(TypeDecorator[TimerId]):
 
     impl = Text
     cache_ok = True
+    comparator_factory = _TimerIds
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         return Text(collation="C") if dialect.name == POSTGRESQL else Text()
@@ -218,8 +288,8 @@ class TimerIdType(TypeDecorator[TimerId]):
         if value is None:
             return None
         try:
-            return decode_timer_id(value if dialect.name == POSTGRESQL else value.decode())
-        except (NotCanonicalError, UnicodeDecodeError, AttributeError):
+            return decode_timer_id(_text(value))
+        except (NotCanonicalError, UnicodeDecodeError):
             raise _foreign("its timer id is not in canonical form", value) from None
 
     def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
@@ -229,11 +299,13 @@ class TimerIdType(TypeDecorator[TimerId]):
 class InstantType(TypeDecorator[datetime]):
     """An aware datetime, read in UTC: a timestamp on PostgreSQL, RFC 3339 text with nine digits on the SQLite family.
 
-    A stored fraction finer than a microsecond is rounded up when it is read.
+    A stored fraction finer than a microsecond is rounded up when it is read. Compares with ``func.now()`` and with a
+    host's `DateTime` columns, whose values mean UTC on the SQLite family, if it stands on the left.
     """
 
     impl = Text
     cache_ok = True
+    comparator_factory = _Instants
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         return TIMESTAMP(timezone=True) if dialect.name == POSTGRESQL else Text()
@@ -248,10 +320,11 @@ class InstantType(TypeDecorator[datetime]):
         if value is None:
             return None
         if isinstance(value, datetime):
-            return value.replace(tzinfo=UTC)
+            # aware where the host's own SQL fetched the column as it is
+            return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
         try:
-            return decode_instant(value.decode())
-        except (NotCanonicalError, UnicodeDecodeError, AttributeError):
+            return decode_instant(_text(value))
+        except (NotCanonicalError, UnicodeDecodeError):
             raise _foreign("its instant is not in canonical form", value) from None
 
     def column_expression(self, column: ColumnElement[Any]) -> ColumnElement[Any]:
@@ -284,6 +357,9 @@ class Timer(Base):
         select(Timer).where(Timer.workflow_id.in_(select(Order.id)))
         select(Order).where(~exists().where(Timer.workflow_id == Order.id))  # not Order.id.not_in(...)
 
+    On PostgreSQL, where an instant is fetched in UTC whatever the session's time zone, ``ORDER BY`` of a ``SELECT
+    DISTINCT`` cannot name ``fire_at``.
+
     Writing through the model goes past what the repository does when a timer is moved or cancelled: use
     `TimerRepository` for that. On the SQLite family a row that another program wrote in a form of its own raises
     `ForeignRowError` when it is loaded here; the repository reads round it.
@@ -311,8 +387,16 @@ class Timer(Base):
         {"sqlite_with_rowid": False},
     )
 
+    @validates("timer_id")
+    def _as_id(self, _: str, value: TimerId | str | int | None) -> TimerId | None:
+        # else a timer that is made with a name would not be found by its id
+        return None if value is None else TimerId.of(value)
+
     def __repr__(self) -> str:
-        return f"Timer(workflow_id={self.workflow_id!r}, timer_id={self.timer_id!r}, fire_at={self.fire_at!r})"
+        # what is not loaded stays so: a line of a log must not go to the database
+        loaded = self.__dict__
+        shown = ", ".join(f"{name}={loaded.get(name, '...')!r}" for name in ("workflow_id", "timer_id", "fire_at"))
+        return f"Timer({shown})"
 
 
 timers: Final[Table] = metadata.tables["timers"]

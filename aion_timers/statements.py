@@ -27,6 +27,8 @@ from sqlalchemy import (
     Dialect,
     Executable,
     Insert,
+    Integer,
+    LargeBinary,
     Select,
     Text,
     and_,
@@ -64,6 +66,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from sqlalchemy.sql.dml import ReturningDelete
+    from sqlalchemy.types import TypeEngine
 
 IfExists = Literal["replace", "keep", "earliest", "latest"]
 """What becomes of a timer that has the same key: it is moved, left, or moved if that is earlier or later."""
@@ -152,11 +155,8 @@ def named(dialect: Name, names: Sequence[str]) -> Parameters:
     exact = [encode_timer_id(TimerId.named(name)) for name in names if not name.endswith("*")]
     # the encoding goes character by character, so a prefix of a name is a prefix of its text
     prefixes = [encode_timer_id(TimerId.named(name))[:-3] for name in names if name.endswith("*")]
-    return (
-        {"exact": exact, "prefixes": prefixes}
-        if dialect == POSTGRESQL
-        else {"exact": _json(exact), "prefixes": _json(prefixes)}
-    )
+    parameters = {"exact": exact, "prefixes": prefixes, "lengths": list({len(prefix) for prefix in prefixes})}
+    return parameters if dialect == POSTGRESQL else {name: _json(values) for name, values in parameters.items()}
 
 
 def raw_rows(rows: Iterable[Row]) -> Parameters:
@@ -244,17 +244,19 @@ def _due(dialect: Name, *, at_clock: bool) -> ColumnElement[bool]:
     return and_(_in_range(dialect), timers.c.fire_at <= as_of)
 
 
-def _strings(dialect: Name, name: str) -> Select[*tuple[Any, ...]]:
+def _each(dialect: Name, name: str, type_: TypeEngine[Any]) -> Select[*tuple[Any, ...]]:
     if dialect == SQLITE:
         return select(func.json_each(bindparam(name, type_=Text())).table_valued("value").c.value)
-    return select(func.unnest(bindparam(name, type_=ARRAY(Text()))).column_valued(f"{name}_value"))
+    return select(func.unnest(bindparam(name, type_=ARRAY(type_))).column_valued(f"{name}_value"))
 
 
 def _has_name(dialect: Name) -> ColumnElement[bool]:
     text = type_coerce(timers.c.timer_id, Text())
-    prefix = _strings(dialect, "prefixes").subquery().columns[0]
-    starts = func.substr(text, _sql("1"), func.length(prefix)) == prefix
-    return or_(text.in_(_strings(dialect, "exact")), select(_sql("1")).where(starts).exists())
+    # by length, of which there are few, and not by prefix: each row is compared so often
+    length = _each(dialect, "lengths", BigInteger()).subquery().columns[0]
+    beginning = func.substr(text, _sql("1"), cast(length, Integer))
+    begins = select(_sql("1")).where(beginning.in_(_each(dialect, "prefixes", Text()))).select_from(length.table)
+    return or_(text.in_(_each(dialect, "exact", Text())), begins.exists())
 
 
 def _canonical_instant() -> ColumnElement[bool]:
@@ -263,7 +265,8 @@ def _canonical_instant() -> ColumnElement[bool]:
     seconds = func.substr(stored, _sql("1"), _sql("19"))
     return and_(
         _in_range(SQLITE),
-        func.length(stored) == _sql("30"),
+        # of bytes, since the length of text ends at a NUL
+        func.length(cast(stored, LargeBinary)) == _sql("30"),
         func.substr(stored, _sql("20")).op("GLOB")(_sql(f"'.{'[0-9]' * 9}Z'")),
         # a date that does not exist, or a leap second, comes back as another text or none; old versions of SQLite
         # look at the date only if there is something to add to it
@@ -313,7 +316,8 @@ def schedule(dialect: Name, if_exists: IfExists) -> Insert:
 @cache
 def schedule_many(dialect: Name, if_exists: IfExists) -> Insert:
     """Like `schedule`, for the timers of `entries`."""
-    source = _given_rows() if dialect == SQLITE else _given_arrays()
+    # on the SQLite family all or nothing: a row that cannot be moved stops its whole chunk
+    source = _given_rows().where(not_(_foreign_among().exists())) if dialect == SQLITE else _given_arrays()
     return _upsert(dialect, if_exists, _insert(dialect).from_select([*timers.c.keys()], source))
 
 
@@ -338,12 +342,16 @@ def _given_arrays() -> Select[*tuple[Any, ...]]:
     return select(columns.workflow_id, columns.timer_id, columns.fire_at)
 
 
-@cache
-def foreign_among() -> Select[*tuple[Any, ...]]:
-    """Which rows of `entries` on the SQLite family could not be changed, since their instant is not canonical."""
+def _foreign_among() -> Select[*tuple[Any, ...]]:
     given = _given_rows().subquery()
     same = tuple_(*_KEY).in_(select(given.columns[0], given.columns[1]))
     return select(*_fetched(SQLITE)).where(same, func.coalesce(not_(_canonical_instant()), true()))
+
+
+@cache
+def foreign_among() -> Select[*tuple[Any, ...]]:
+    """Which rows of the SQLite family stand under keys of `entries`, and cannot be moved: their instant is foreign."""
+    return _foreign_among()
 
 
 @cache

@@ -62,7 +62,10 @@ class TimerId:
 
     def __post_init__(self) -> None:
         self._check()
-        object.__setattr__(self, "_encoded", _encoded(self.value))
+        # the members of an enumeration are written as what they are, not as what their class shows
+        value = str.__str__(self.value) if isinstance(self.value, str) else int(self.value)
+        object.__setattr__(self, "value", value)
+        object.__setattr__(self, "_encoded", _encoded(value))
 
     def _check(self) -> None:
         value = self.value
@@ -107,8 +110,8 @@ class TimerId:
         """Whether the id is a name; else it is a sequence position."""
         return isinstance(self.value, str)
 
-    def __lt__(self, other: TimerId) -> bool:
-        return encode_timer_id(self) < encode_timer_id(other)
+    def __lt__(self, other: object) -> bool:
+        return self._encoded < other._encoded if isinstance(other, TimerId) else NotImplemented
 
     def __str__(self) -> str:
         return f"timer:{'named' if self.is_named else 'anonymous'}:{self.value}"
@@ -148,7 +151,7 @@ class TimerEntry:
     workflow_id: UUID
     timer_id: TimerId
     fire_at: datetime
-    _stored: str | None = field(repr=False, compare=False)
+    _stored: str | None = field(init=False, repr=False, compare=False)
 
     def __init__(self, workflow_id: UUID, timer_id: TimerId | str | int, fire_at: datetime) -> None:
         _put_workflow_id(self, check_workflow_id(workflow_id))
@@ -164,8 +167,8 @@ class TimerEntry:
     def _order(self) -> tuple[str, str, str]:
         return (self.stored_instant, str(self.workflow_id), encode_timer_id(self.timer_id))
 
-    def __lt__(self, other: TimerEntry) -> bool:
-        return self._order() < other._order()
+    def __lt__(self, other: object) -> bool:
+        return self._order() < other._order() if isinstance(other, TimerEntry) else NotImplemented
 
 
 def check_workflow_id(workflow_id: UUID) -> UUID:
@@ -180,7 +183,8 @@ def check_workflow_id(workflow_id: UUID) -> UUID:
         )
     if not isinstance(workflow_id, UUID):
         _invalid("workflow_id", workflow_id, "not a uuid.UUID", "pass one, for example uuid.UUID(text)")
-    return workflow_id
+    # a subclass may show itself in another form
+    return workflow_id if type(workflow_id) is UUID else UUID(int=workflow_id.int)
 
 
 # the slots themselves: a frozen class's own way, object.__setattr__, looks each of them up
@@ -191,8 +195,14 @@ _put_stored: Final = TimerEntry.__dict__["_stored"].__set__
 _new_entry: Final = object.__new__
 
 
-def utc(argument: str, value: datetime) -> datetime:
-    """The instant in UTC, to the microsecond; a finer one (a subclass with ``nanosecond``) is rounded up.
+def utc(argument: str, value: datetime, *, up: bool = True) -> datetime:
+    """The instant in UTC, to the microsecond.
+
+    Args:
+        argument: its name, for the error.
+        value: the instant.
+        up: whether a finer one (a subclass with ``nanosecond``) is rounded up, so that a timer is not early; rounded
+            down it is the latest instant that is surely over.
 
     Raises:
         InvalidInputError: not a datetime, naive, or past year 9999 (before year 1) in UTC or by rounding.
@@ -219,7 +229,7 @@ def utc(argument: str, value: datetime) -> datetime:
         plain = datetime(
             moved.year, moved.month, moved.day, moved.hour, moved.minute, moved.second, moved.microsecond, tzinfo=UTC
         )
-        return plain + _MICROSECOND if finer else plain
+        return plain + _MICROSECOND if finer and up else plain
     except OverflowError:
         _invalid(argument, value, "outside the years 1 to 9999 in UTC", "pass an instant between them")
 

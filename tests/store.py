@@ -51,6 +51,11 @@ class Store:
         self.is_async = isinstance(engine, AsyncEngine)
         self.is_sqlite = engine.dialect.name == "sqlite"
 
+    @property
+    def sync_engine(self) -> Engine:
+        """The engine that events are listened to on."""
+        return self.engine.sync_engine if isinstance(self.engine, AsyncEngine) else self.engine
+
     def blocking(self, wrapped: Any) -> Any:
         """The object as it is, or with blocking methods if it is an async one."""
         return Blocking(wrapped, self.runner) if self.is_async else wrapped

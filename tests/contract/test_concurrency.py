@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import URL
+from sqlalchemy import URL, event
 
 from aion_timers import TimerEntry
 from tests.conftest import open_engine
@@ -185,3 +185,36 @@ def test_a_timer_that_is_moved_while_take_looks_is_not_taken_early(backend: str,
 
     in_threads(backend, url, work)
     assert early == []
+
+
+def test_a_timer_that_becomes_due_in_a_long_transaction_is_seen_in_it(store: Store) -> None:
+    with store.timers() as timers:
+        assert timers.take(limit=1) == []  # the transaction has begun
+        timers.schedule(ALPHA, "soon", datetime.now(UTC) + timedelta(milliseconds=300))
+        assert timers.take(limit=1) == []
+        time.sleep(0.4)
+        assert [entry.timer_id.value for entry in timers.take(limit=1)] == ["soon"]
+
+
+@pytest.mark.parametrize("backend", ["libsql", "sqlite"], indirect=True)
+def test_a_timer_that_moves_between_being_read_and_being_taken_is_left(backend: str, url: URL, store: Store) -> None:
+    other = Store(backend, open_engine(url), store.runner)
+    with store.timers() as timers:
+        timers.schedule(ALPHA, "moved", NOW)
+        timers.schedule(ALPHA, "stays", NOW)
+
+    moved: list[bool] = []
+
+    def move(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if statement.startswith("DELETE") and not moved:
+            moved.append(True)
+            with other.timers() as timers:
+                timers.schedule(ALPHA, "moved", NOW + timedelta(days=1))
+
+    event.listen(store.engine, "before_cursor_execute", move)
+    with store.connection(isolation_level="AUTOCOMMIT") as connection:
+        taken = store.repository(connection).take(NOW, limit=10)
+    other.close()
+    assert [entry.timer_id.value for entry in taken] == ["stays"]
+    with store.timers() as timers:
+        assert timers.get(ALPHA, "moved").fire_at == NOW + timedelta(days=1)

@@ -8,10 +8,10 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import exists, func, select
+from sqlalchemy import exists, func, select, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, aliased, mapped_column
 
-from aion_timers import Timer, TimerEntry, TimerId
+from aion_timers import InvalidInputError, Timer, TimerEntry, TimerId
 from tests.store import Store
 
 NOW = datetime(2026, 6, 3, 2, 30, tzinfo=UTC)
@@ -136,3 +136,47 @@ def test_bad_values_for_a_column_are_named(shop: tuple[Store, list[Order]]) -> N
     for condition in (Timer.fire_at <= datetime(2026, 6, 3), Timer.workflow_id == "x", Timer.timer_id == ""):  # noqa: DTZ001 - naive on purpose
         with store.session() as session, pytest.raises(Exception, match=r"naive|not a uuid|empty"):
             session.execute(select(Timer).where(condition))
+
+
+def test_what_the_hosts_own_sql_fetches_is_read_right(shop: tuple[Store, list[Order]]) -> None:
+    store, _ = shop
+    with store.session() as session:
+        if not store.is_sqlite:
+            session.execute(text("SET timezone = 'Asia/Tokyo'"))
+        whole = select(Timer).from_statement(text("SELECT * FROM timers ORDER BY fire_at, timer_id"))
+        assert [timer.fire_at for timer in session.scalars(whole)] == [NOW, NOW, NOW + timedelta(days=1)]
+        column = text("SELECT fire_at FROM timers ORDER BY fire_at").columns(Timer.fire_at)
+        found = session.execute(column).scalars().all()
+        assert found[0] == NOW
+        assert found[0].utcoffset() == timedelta(0)
+        session.rollback()
+
+
+def test_instants_are_compared_with_those_of_other_types(shop: tuple[Store, list[Order]]) -> None:
+    store, orders = shop
+    now = datetime.now(UTC)
+    with store.session() as session:
+        timers = store.repository(session)
+        timers.cancel_workflow(orders[0].id)
+        timers.cancel_workflow(orders[1].id)
+        timers.schedule(orders[0].id, "past", now - timedelta(minutes=5))
+        timers.schedule(orders[0].id, "future", now + timedelta(minutes=5))
+        past = session.scalars(select(Timer.timer_id).where(Timer.fire_at <= func.now())).all()
+        assert [timer_id.value for timer_id in past] == ["past"]
+        same = session.scalars(select(Timer.timer_id).where(Timer.fire_at == now - timedelta(minutes=5))).all()
+        assert [timer_id.value for timer_id in same] == ["past"]
+
+
+@pytest.mark.parametrize(
+    "compare",
+    [lambda t: t.startswith("r"), lambda t: t.like("r%"), lambda t: t.contains("e"), lambda t: ~t.ilike("r")],
+    ids=["startswith", "like", "contains", "not ilike"],
+)
+def test_a_part_of_an_id_is_not_compared(compare: Any) -> None:
+    with pytest.raises(InvalidInputError, match="names="):
+        compare(Timer.timer_id)
+
+
+def test_a_workflow_id_is_not_compared_with_text() -> None:
+    with pytest.raises(InvalidInputError, match="Uuid"):
+        select(Order).where(Timer.workflow_id == Order.customer)

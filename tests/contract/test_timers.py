@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID, uuid4
 from zoneinfo import ZoneInfo
 
 import pytest
-from sqlalchemy import select
-from sqlalchemy.orm import scoped_session, sessionmaker
+from sqlalchemy import Update, event, select
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
-from aion_timers import Timer, TimerEntry, TimerId
+from aion_timers import InvalidInputError, Timer, TimerEntry, TimerId
 from tests.store import Store
 
 NOW = datetime(2026, 6, 3, 2, 30, tzinfo=UTC)
@@ -307,12 +309,9 @@ def test_an_autocommit_connection_commits_each_call(store: Store) -> None:
 
 def test_a_scoped_session_serves(store: Store) -> None:
     if store.is_async:
-        import asyncio  # noqa: PLC0415 - for the async backends alone
-
-        from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker  # noqa: PLC0415 - as above
+        from sqlalchemy.ext.asyncio import async_scoped_session, async_sessionmaker  # noqa: PLC0415 - for the async backends alone
 
         registry: Any = async_scoped_session(async_sessionmaker(store.engine), scopefunc=lambda: 1)
-        assert asyncio
     else:
         registry = scoped_session(sessionmaker(store.engine))
     timers = store.repository(registry)
@@ -332,10 +331,7 @@ def test_a_loaded_timer_is_expired_when_its_row_changes(store: Store) -> None:
         timers.schedule_many([TimerEntry(ALPHA, "many", NOW + SECOND)])
         raw = getattr(session, "wrapped", session)
         assert [timer in raw.identity_map.values() for timer in (moved, many, kept)] == [True] * 3
-        expired = [
-            bool(raw.sync_session if store.is_async else raw) and bool(_expired(timer)) for timer in (moved, many, kept)
-        ]
-        assert expired == [True, True, False]
+        assert [_expired(timer) for timer in (moved, many, kept)] == [True, True, False]
         session.refresh(moved)
         assert moved.fire_at == NOW + SECOND
         session.refresh(many)
@@ -396,3 +392,107 @@ def test_anonymous_ids_go_up_to_64_bits(store: Store) -> None:
     with store.timers() as timers:
         timers.schedule_many(TimerEntry(ALPHA, number, NOW) for number in numbers)
         assert sorted(ids(timers.take(NOW, limit=10))) == numbers
+
+
+class Exact(datetime):
+    """A datetime that is finer than a microsecond, as libraries for nanoseconds have it."""
+
+    nanosecond = 500
+
+
+def test_an_as_of_between_two_microseconds_takes_nothing_early(store: Store) -> None:
+    as_of = Exact(2026, 6, 3, 2, 30, tzinfo=UTC)
+    with store.timers() as timers:
+        timers.schedule(ALPHA, "later", NOW + timedelta(microseconds=1))
+        timers.schedule(ALPHA, "now", NOW)
+        assert ids(timers.expired(as_of)) == ["now"]
+        assert ids(timers.take(as_of, limit=10)) == ["now"]
+    with store.timers(clock=lambda: as_of) as timers:
+        assert timers.expired() == []
+
+
+def test_a_refused_entry_of_a_collection_keeps_all_of_it_out(store: Store) -> None:
+    entries: list[Any] = [TimerEntry(ALPHA, number, NOW) for number in range(1500)]
+    entries.append(None)
+    with store.timers() as timers, pytest.raises(InvalidInputError):
+        timers.schedule_many(entries)
+    with store.timers() as timers:
+        assert timers.list_workflow(ALPHA) == []
+
+
+def test_a_generator_is_written_as_it_goes(store: Store) -> None:
+    inserts: list[str] = []
+    written: list[int] = []
+
+    def note(_: Any, __: Any, statement: str, *___: Any) -> None:
+        inserts.extend([statement] if statement.startswith("INSERT") else [])
+
+    def entries() -> Iterator[TimerEntry]:
+        for number in range(3000):
+            if number % 1000 == 0:
+                written.append(len(inserts))
+            yield TimerEntry(ALPHA, number, NOW)
+
+    event.listen(store.sync_engine, "before_cursor_execute", note)
+    with store.timers() as timers:
+        timers.schedule_many(entries())
+        assert len(timers.list_workflow(ALPHA)) == 3000
+    assert written == [0, 1, 2]
+
+
+def test_an_error_of_what_gives_the_entries_is_the_hosts_own(store: Store) -> None:
+    def entries() -> Iterator[TimerEntry]:
+        yield TimerEntry(ALPHA, "a", NOW)
+        raise OperationalError("SELECT", {}, Exception("no such table: orders"))
+
+    session = store.new_session()
+    with pytest.raises(OperationalError, match="orders"):
+        store.repository(session).schedule_many(entries())
+    session.close()
+
+
+def test_a_session_that_sends_reads_elsewhere_is_told_of_a_write(store: Store) -> None:
+    asked: list[Any] = []
+
+    class Routing(Session):
+        def get_bind(self, mapper: Any = None, *, clause: Any = None, **options: Any) -> Any:
+            asked.append(clause)
+            return super().get_bind(mapper, clause=clause, **options)
+
+    session = store.new_session(sync_session_class=Routing) if store.is_async else Routing(store.engine)
+    timers = store.repository(session)
+    for call in (
+        lambda: timers.schedule(ALPHA, "a", NOW),
+        lambda: timers.cancel(ALPHA, "a"),
+        lambda: timers.take(NOW, limit=1),
+        lambda: timers.schedule_many([TimerEntry(ALPHA, "a", NOW)]),
+        lambda: timers.cancel_workflow(ALPHA),
+    ):
+        asked.clear()
+        call()
+        assert isinstance(asked[0], Update)
+        session.rollback()
+    asked.clear()
+    timers.expired(NOW)
+    assert not isinstance(asked[0], Update)
+    session.close()
+
+
+def test_a_timer_made_with_a_plain_name_is_found_by_it(store: Store) -> None:
+    with store.session() as session:
+        timer = Timer(workflow_id=ALPHA, timer_id="plain", fire_at=NOW)
+        session.add(timer)
+        session.flush()
+        store.repository(session).schedule(ALPHA, "plain", NOW + SECOND)
+        assert _expired(timer)
+        assert "..." in repr(timer)
+        session.refresh(timer)
+        assert timer.fire_at == NOW + SECOND
+
+
+def test_many_names_and_prefixes_find_theirs(store: Store) -> None:
+    wanted = [f"kind-{number}-" for number in range(0, 300, 3)]
+    with store.timers() as timers:
+        timers.schedule_many(TimerEntry(ALPHA, f"kind-{number}-x", NOW) for number in range(300))
+        assert len(timers.take(NOW, limit=1000, names=[f"{name}*" for name in wanted])) == 100
+        assert len(timers.take(NOW, limit=1000, names=[f"kind-{number}-x" for number in range(300)])) == 200

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 import aion_timers
-from aion_timers import AsyncTimerRepository, TimerRepository
+from aion_timers import (
+    AsyncTimerRepository,
+    ForeignRowError,
+    InvalidInputError,
+    NotMigratedError,
+    TimerRepository,
+    TimerStoreError,
+    UnsupportedBindError,
+)
 
 
 def test_all_lists_every_public_name_in_order() -> None:
@@ -71,3 +82,17 @@ except UnsupportedBindError as error:
     first, second = run(program).splitlines()
     assert first == "True"
     assert "aion-timers[asyncio]" in second
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        InvalidInputError("limit", 0, "too few", "pass more"),
+        UnsupportedBindError("no", "yes"),
+        ForeignRowError((b"a",), "foreign", "leave it"),
+        NotMigratedError("no table", "migrate"),
+    ],
+)
+def test_errors_reach_another_process_whole(error: TimerStoreError) -> None:
+    copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - our own
+    assert (type(copy), str(copy), vars(copy)) == (type(error), str(error), vars(error))

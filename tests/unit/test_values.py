@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import pickle
 from datetime import UTC, date, datetime, timedelta, timezone, tzinfo
+from enum import Enum
 from typing import Any
 from uuid import UUID
 
@@ -245,3 +248,50 @@ def test_a_long_value_is_cut_in_the_message() -> None:
     with pytest.raises(InvalidInputError) as caught:
         TimerEntry("x" * 10_000, "a", NOW)  # type: ignore[arg-type] # what the test is about
     assert len(str(caught.value)) < 300
+
+
+class Kind(str, Enum):  # noqa: UP042 - a StrEnum shows its value, this one does not
+    """Names that an application keeps in one place."""
+
+    PAY = "pay"
+
+
+class Place(int, Enum):
+    """Positions that an application keeps in one place."""
+
+    THIRD = 3
+
+
+class OrderId(UUID):
+    """An id that shows itself in another form."""
+
+    def __str__(self) -> str:
+        return f"order_{self.hex}"
+
+
+def test_members_of_enumerations_and_other_subclasses_are_what_they_stand_for() -> None:
+    assert encode_timer_id(TimerId(Place.THIRD)) == '{"Anonymous":3}'
+    assert str(TimerId(Kind.PAY)) == "timer:named:pay"
+    assert type(TimerId(Kind.PAY).value) is str
+    entry = TimerEntry(OrderId(int=1), Kind.PAY, NOW)
+    assert entry == TimerEntry(UUID(int=1), "pay", NOW)
+    assert type(entry.workflow_id) is UUID
+
+
+def test_values_are_copied_pickled_and_changed_into_others() -> None:
+    entry = decode_row(b'"6f9619ff-8b86-d011-b42d-00cf4fc964ff"', b'{"Named":"a"}', b"2026-06-03T02:30:00.000000001Z")
+    assert pickle.loads(pickle.dumps(entry)).stored_instant == entry.stored_instant  # noqa: S301 - our own
+    assert dataclasses.replace(entry, fire_at=NOW) == TimerEntry(ALPHA, "a", NOW)
+    assert pickle.loads(pickle.dumps(TimerId(3))) == TimerId(3)  # noqa: S301 - our own
+
+
+def test_values_are_not_compared_with_others() -> None:
+    with pytest.raises(TypeError):
+        sorted([TimerId("a"), "b"])  # type: ignore[list-item] # what the test is about
+    with pytest.raises(TypeError):
+        sorted([TimerEntry(ALPHA, "a", NOW), 1])  # type: ignore[list-item] # what the test is about
+
+
+def test_an_id_that_is_not_there_yet_says_what_to_do() -> None:
+    with pytest.raises(InvalidInputError, match="flush"):
+        TimerEntry(None, "a", NOW)  # type: ignore[arg-type] # what the test is about
