@@ -141,7 +141,13 @@ def test_a_foreign_row_is_logged_once(
 
 @pytest.mark.parametrize("if_exists", ["replace", "keep", "earliest", "latest"])
 @pytest.mark.parametrize(
-    "instant", ["2026-06-03T02:30:00Z", "+10000-01-01T00:00:00.000000000Z", "2026-02-30T00:00:00.000000000Z"]
+    "instant",
+    [
+        "2026-06-03T02:30:00Z",
+        "+10000-01-01T00:00:00.000000000Z",
+        "2026-02-30T00:00:00.000000000Z",
+        "0000-06-03T00:00:00.000000000Z",
+    ],
 )
 def test_a_foreign_instant_under_the_same_key_is_refused_not_moved(store: Store, if_exists: Any, instant: str) -> None:
     insert(store, [WORKFLOW, TIMER, f"'{instant}'"])
