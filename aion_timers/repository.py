@@ -60,7 +60,7 @@ def _key(workflow_id: UUID, timer_id: TimerId | str | int) -> Key:
 def _writable(timer: TimerEntry) -> TimerEntry:
     if not isinstance(timer, TimerEntry):
         raise InvalidInputError(
-            "entries", timer, f"a {type(timer).__name__} is no TimerEntry", "pass TimerEntry objects"
+            "entries", timer, f"a value of type {type(timer).__name__} is no TimerEntry", "pass TimerEntry objects"
         )
     name = timer.timer_id.value
     if isinstance(name, str) and len(name) > MAX_ENCODED_TIMER_ID // 8:

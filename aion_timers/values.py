@@ -71,7 +71,10 @@ class TimerId:
         value = self.value
         if isinstance(value, bool) or not isinstance(value, str | int):
             _invalid(
-                "timer_id", value, f"a {type(value).__name__} is no timer id", "pass a name or a sequence position"
+                "timer_id",
+                value,
+                f"a value of type {type(value).__name__} is no timer id",
+                "pass a name or a sequence position",
             )
         if isinstance(value, int):
             if not 0 <= value <= _LAST_ANONYMOUS:
@@ -88,14 +91,19 @@ class TimerId:
     def named(cls, name: str) -> TimerId:
         """The timer of that name."""
         if not isinstance(name, str):
-            _invalid("name", name, f"a {type(name).__name__} is no name", "pass a str, or use TimerId.anonymous()")
+            _invalid(
+                "name",
+                name,
+                f"a value of type {type(name).__name__} is no name",
+                "pass a str, or use TimerId.anonymous()",
+            )
         return cls(name)
 
     @classmethod
     def anonymous(cls, position: int) -> TimerId:
         """The anonymous timer at that position, 0 to 2**64-1."""
         if isinstance(position, bool) or not isinstance(position, int):
-            _invalid("position", position, f"a {type(position).__name__} is no position", "pass an int")
+            _invalid("position", position, f"a value of type {type(position).__name__} is no position", "pass an int")
         return cls(position)
 
     @classmethod
@@ -211,7 +219,7 @@ def utc(argument: str, value: datetime, *, up: bool = True) -> datetime:
         _invalid(
             argument,
             value,
-            f"a {type(value).__name__} is no instant",
+            f"a value of type {type(value).__name__} is no instant",
             "pass a datetime with a time zone, as in datetime.now(UTC)",
         )
     if value.tzinfo is UTC and type(value) is datetime:
