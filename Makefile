@@ -22,11 +22,12 @@ demo: .venv/ready ## show timers in a libSQL file: scheduled, killed, kept, deli
 test: .venv/ready ## run all tests, on libSQL, SQLite and a PostgreSQL server of their own
 	$(BIN)/python -m pytest -n 2
 
-check: .venv/ready ## formatting, lint, types, layers, and the built wheel in a fresh environment
+check: .venv/ready ## formatting, lint, types, layers, docs and examples, and the built wheel in a fresh environment
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q tests/docs tests/examples
 	$(BIN)/python -m build --quiet --outdir dist
 	$(BIN)/python tests/wheel.py dist
 
