@@ -338,7 +338,7 @@ def decode_columns(workflow_id: UUID, timer_id: str, fire_at: datetime) -> Timer
     """
     made = _new_entry(TimerEntry)
     _put_workflow_id(made, workflow_id)
-    _put_timer_id(made, decode_timer_id(timer_id))
+    _put_timer_id(made, _decode_short_timer_id(timer_id) if len(timer_id) <= _SHORT else _decode_timer_id(timer_id))
     _put_fire_at(made, _EPOCH + (fire_at - _NAIVE_EPOCH))
     _put_stored(made, None)
     return made
