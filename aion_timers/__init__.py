@@ -10,6 +10,7 @@ from aion_timers.errors import (
     DowngradeRefusedError,
     ForeignRowError,
     InvalidInputError,
+    LeaseLost,
     MigrationError,
     NotMigratedError,
     PoolExhaustedError,
@@ -21,17 +22,20 @@ from aion_timers.errors import (
 from aion_timers.repository import AsyncTimerRepository, TimerRepository
 from aion_timers.schema import Timer
 from aion_timers.statements import IfExists
-from aion_timers.values import TimerEntry, TimerId
+from aion_timers.values import Claim, Settlement, TimerEntry, TimerId
 
 __all__ = [
     "AsyncTimerRepository",
+    "Claim",
     "DowngradeRefusedError",
     "ForeignRowError",
     "IfExists",
     "InvalidInputError",
+    "LeaseLost",
     "MigrationError",
     "NotMigratedError",
     "PoolExhaustedError",
+    "Settlement",
     "StoreUnavailableError",
     "Timer",
     "TimerEntry",

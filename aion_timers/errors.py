@@ -7,6 +7,7 @@
      +-- UnsupportedBindError        an object or a database that the repository cannot work on (also a TypeError)
      |    +-- UnsafeEngineError      an engine whose driver would lose updates or savepoints
      +-- ForeignRowError             a row that another program wrote in a form of its own
+     +-- LeaseLost                   somebody else may fire the timer now, or it was moved or cancelled
      +-- StoreUnavailableError       the database cannot be reached or written
      |    +-- PoolExhaustedError     no connection came free in time
      +-- MigrationError              the schema is not what this version works with
@@ -91,6 +92,18 @@ class ForeignRowError(TimerStoreError):
         super().__init__(f"row ({', '.join(map(shown, row))}): {problem}; {cure}")
         self.row = row
         self.cure = cure
+
+
+class LeaseLost(TimerStoreError):  # noqa: N818 - an outcome to be reckoned with, and no mistake
+    """The claim does not hold its timer any more: it was moved, cancelled, settled, or claimed by somebody else.
+
+    Attributes:
+        claim: the claim.
+    """
+
+    def __init__(self, claim: object) -> None:
+        super().__init__(f"the lease is lost: {claim!r}; roll back and leave the timer to whoever has it now")
+        self.claim = claim
 
 
 class StoreUnavailableError(_CuredError):

@@ -25,14 +25,25 @@ from alembic import command
 from alembic.config import Config
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import CheckConstraint, Connection, Engine, Row, column, inspect, select, table, text
+from sqlalchemy import (
+    CheckConstraint,
+    Connection,
+    DefaultClause,
+    Engine,
+    Row,
+    column,
+    inspect,
+    select,
+    table,
+    text,
+)
 from sqlalchemy.exc import DBAPIError, MissingGreenlet
-from sqlalchemy.schema import CreateTable
+from sqlalchemy.schema import CreateColumn, CreateTable
 from sqlalchemy.util import await_only
 
 from aion_timers.engine import MIGRATE, explained, require_dependable
 from aion_timers.errors import InvalidInputError, MigrationError, NotMigratedError, UnsupportedBindError
-from aion_timers.schema import POSTGRESQL, timers
+from aion_timers.schema import POSTGRESQL, MovedTrigger, timers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,8 +79,8 @@ def upgrade(bind: Bind, revision: str = "head") -> None:
         revision: how far.
 
     Raises:
-        MigrationError: a table of that name is there that nobody can work on, another migration holds the lock for too
-            long, or a newer version of the library has migrated the database.
+        MigrationError: a table, a column or a trigger of that name is there that is another one, another migration
+            holds the lock for too long, or a newer version of the library has migrated the database.
         InvalidInputError: there is no such revision.
         UnsupportedBindError: not a connection or engine, or one at isolation level AUTOCOMMIT.
         StoreUnavailableError: the database cannot be opened or written.
@@ -83,8 +94,9 @@ def upgrade(bind: Bind, revision: str = "head") -> None:
 def downgrade(bind: Bind, revision: str = "base", *, force: bool = False) -> None:
     """Take the table ``timers`` back to a revision, by default to what was there before.
 
-    A table that the other program made gets its own index back and keeps its timers. One of ours is dropped, which is
-    refused while it holds timers. Transactions are those of `upgrade`.
+    A table that the other program made is afterwards as that program made it, and keeps its timers. One of ours is
+    dropped, which is refused while it holds timers. Short of that, a revision's columns are dropped and timers stay.
+    Transactions are those of `upgrade`.
 
     Args:
         bind: a connection or an engine; of async ones, what ``run_sync`` hands over.
@@ -117,9 +129,9 @@ def current(bind: Bind) -> str | None:
 def check(bind: Bind) -> None:
     """Compare the database with what this version works with. It only reads, and takes no lock.
 
-    Compared are the revision and the whole table: types, collations, keys, indexes, CHECK constraints, how it is
-    stored. Columns, indexes and other things that a host has added are left alone as long as rows without them can be
-    written; so are PostgreSQL's autovacuum settings.
+    Compared are the revision and the whole table: types, collations, defaults, keys, indexes, CHECK constraints, the
+    trigger, how it is stored. Columns, indexes and other things that a host has added are left alone as long as rows
+    without them can be written; so are the values to which it has tuned PostgreSQL's autovacuum.
 
     Raises:
         NotMigratedError: something is missing; the message names all of it and the command that mends it.
@@ -139,7 +151,9 @@ def check(bind: Bind) -> None:
             )
         if differences := list(_differences(connection)):
             what = "; ".join(difference for difference, _, _ in differences)
-            cure = "; ".join(dict.fromkeys(mend for _, mend, _ in differences))
+            mends = dict.fromkeys(mend for _, mend, _ in differences)
+            anew = _make_anew(connection)
+            cure = anew if anew in mends else "; ".join(mends)
             missing = any(is_missing for _, _, is_missing in differences)
             raise (NotMigratedError if missing else MigrationError)(
                 f"the table {timers.name!r} differs: {what}", f"run {cure}"
@@ -374,14 +388,15 @@ def _differences(connection: Connection) -> Iterator[tuple[str, str, bool]]:
         yield "it is missing", f"DROP TABLE {VERSION_TABLE}; then `alembic upgrade head`", True
         return
     expected = _expected(connection)
-    for part in sorted(expected | found):
+    # first the columns, which what is made of them needs
+    for part in sorted(expected | found, key=lambda part: (not part.startswith("column"), part)):
         if found.get(part) == expected.get(part):
             continue
         if part not in found:
             what = f"{part} is missing"
         elif part not in expected:
             what = f"{part} does not belong there"
-        elif part.startswith("CHECK"):
+        elif part.startswith(("CHECK", "trigger")):
             what = f"{part} is another one"
         else:
             what = f"{part} is {found[part]}, not {expected[part]}"
@@ -393,13 +408,15 @@ def _expected(connection: Connection) -> _Parts:
     dialect = connection.dialect
     parts = {"storage": _PLAIN, "primary key": _listed(timers.primary_key.columns.keys())}
     for name, its in timers.columns.items():
-        parts[f"column {name}"] = _type(connection, name) + " NOT NULL" * (not its.nullable)
+        parts[f"column {name}"] = _type(connection, name) + " NOT NULL" * (not its.nullable) + _default(name)
     for index in timers.indexes:
         parts[f"index {index.name}"] = _listed(index.columns.keys())
     if dialect.name == POSTGRESQL:
-        parts["storage"] = _storage(timers.dialect_options[POSTGRESQL].get("with") or {})
+        parts["storage"] = _storage(_OPTIONS)
         for check in _checks(connection):
             parts[f"CHECK {check.name}"] = _canonical(connection, str(check.sqltext))
+    else:
+        parts[f"trigger {MovedTrigger.name}"] = _squeezed(MovedTrigger(timers).sql())
     return parts
 
 
@@ -410,18 +427,31 @@ def _type(connection: Connection, name: str) -> str:
     return (kind.lower() if connection.dialect.name == POSTGRESQL else kind) + collate + collation
 
 
+def _default(name: str) -> str:
+    default = timers.c[name].server_default
+    return f" DEFAULT {default.arg}" if isinstance(default, DefaultClause) else ""
+
+
 def _checks(connection: Connection) -> list[CheckConstraint]:
     # the compiler leaves out the constraints of other databases
     ddl = str(CreateTable(timers).compile(dialect=connection.dialect))
     return [its for its in timers.constraints if isinstance(its, CheckConstraint) and f" {its.name} CHECK" in ddl]
 
 
+def _squeezed(sql: str) -> str:
+    return " ".join(sql.split())
+
+
 def _listed(names: list[str]) -> str:
     return f"({', '.join(names)})"
 
 
-def _storage(options: dict[str, object]) -> str:
+def _storage(options: dict[str, str]) -> str:
     return ", ".join(f"{name}={value}" for name, value in sorted(options.items())) or _PLAIN
+
+
+def _definition(connection: Connection, name: str) -> str:
+    return str(CreateColumn(timers.c[name]).compile(dialect=connection.dialect))
 
 
 def _prefix(connection: Connection) -> str:
@@ -431,6 +461,11 @@ def _prefix(connection: Connection) -> str:
 
 # PostgreSQL
 
+_OPTIONS: Final[dict[str, str]] = {
+    name: str(value) for name, value in timers.dialect_options[POSTGRESQL]["with"].items()
+}
+_AUTOVACUUM: Final = "autovacuum_"
+
 
 def _found_on_postgresql(connection: Connection) -> _Parts:
     name = {"name": _prefix(connection) + timers.name}
@@ -438,8 +473,10 @@ def _found_on_postgresql(connection: Connection) -> _Parts:
     if relation is None:
         return {}
     options = dict(option.split("=", 1) for option in relation.options or ())
-    own = {key: value for key, value in options.items() if not key.startswith(("autovacuum_", "toast."))}
-    parts = {"storage": relation.kind or _storage(own)}
+    own = {key: value for key, value in options.items() if not key.startswith((_AUTOVACUUM, "toast."))}
+    # a host may tune what is set for autovacuum, but not drop it
+    tuned = {key: value for key, value in _OPTIONS.items() if key.startswith(_AUTOVACUUM) and key in options}
+    parts = {"storage": relation.kind or _storage(own | tuned)}
     for its in connection.execute(text(_COLUMNS), name):
         if its.name in timers.columns or (its.required and its.value is None):
             parts[f"column {its.name}"] = (
@@ -516,26 +553,42 @@ def _mend_on_postgresql(connection: Connection, part: str, found: _Parts) -> str
     if part == "primary key":
         return f"{alter} ADD PRIMARY KEY {_listed(timers.primary_key.columns.keys())}"
     if part == "storage":
-        wanted = timers.dialect_options[POSTGRESQL].get("with")
-        options = ", ".join(option.partition("=")[0] for option in found[part].split(", "))
-        reset = f"RESET ({options})" if "=" in found[part] else "SET LOGGED"
-        return f"{alter} {f'SET ({_storage(wanted)})' if wanted else reset}"
+        return f"{alter} {_mend_storage(found[part])}"
     if name not in timers.columns:
         return f"{alter} ALTER COLUMN {name} DROP NOT NULL"
-    type_ = _type(connection, name)
     if part not in found:
-        return f"{alter} ADD COLUMN {name} {type_} NOT NULL"
+        return f"{alter} ADD COLUMN {_definition(connection, name)}"
+    type_ = _type(connection, name)
     change = f"ALTER COLUMN {name}"
-    return f"{alter} {change} DROP DEFAULT, {change} TYPE {type_} USING {name}::{type_}, {change} SET NOT NULL"
+    changes = [f"{change} DROP DEFAULT", f"{change} TYPE {type_} USING {name}::{type_}"]
+    changes.append(f"{change} {'DROP' if timers.c[name].nullable else 'SET'} NOT NULL")
+    changes += [f"{change} SET{_default(name)}"] * bool(_default(name))
+    return f"{alter} {', '.join(changes)}"
+
+
+def _mend_storage(found: str) -> str:
+    if found != _PLAIN and "=" not in found:
+        return "SET LOGGED"
+    has = {} if found == _PLAIN else dict(option.split("=", 1) for option in found.split(", "))
+    set_ = _storage({name: value for name, value in _OPTIONS.items() if has.get(name) != value})
+    reset = ", ".join(sorted(has.keys() - _OPTIONS.keys()))
+    return ", ".join([f"SET ({set_})"] * (set_ != _PLAIN) + [f"RESET ({reset})"] * bool(reset))
 
 
 def _mend_index(connection: Connection, part: str, found: _Parts) -> str:
     (index,) = (its for its in timers.indexes if part == f"index {its.name}")
-    drop = f"DROP INDEX {index.name}; " if part in found else ""
-    return f"{drop}CREATE INDEX {index.name} ON {_prefix(connection)}{timers.name} {_listed(index.columns.keys())}"
+    prefix, on_postgresql = _prefix(connection), connection.dialect.name == POSTGRESQL
+    drop = f"DROP INDEX {prefix}{index.name}; " if part in found else ""
+    # PostgreSQL makes an index in the schema of its table, and SQLite looks for the table in the schema of the index
+    name, of = (index.name, prefix + timers.name) if on_postgresql else (f"{prefix}{index.name}", timers.name)
+    return f"{drop}CREATE INDEX {name} ON {of} {_listed(index.columns.keys())}"
 
 
 # the SQLite family
+
+_SHARED: Final = ("workflow_id", "timer_id", "fire_at")
+"""The columns that the other program has and writes, too."""
+_TRIGGER: Final = "SELECT sql FROM {}sqlite_master WHERE type = 'trigger' AND name = :name AND tbl_name = :table"
 
 
 def _found_on_sqlite(connection: Connection) -> _Parts:
@@ -560,12 +613,8 @@ def _found_on_sqlite(connection: Connection) -> _Parts:
     parts["primary key"] = _listed([name for _, name in key])
     for name, its in columns.items():
         if name in timers.columns or (its.notnull and its.dflt_value is None and not its.hidden):
-            parts[f"column {name}"] = (
-                its.type.upper()
-                + (f" COLLATE {collations[name]}" if name in collations else "")
-                + " NOT NULL" * its.notnull
-                + " GENERATED" * bool(its.hidden)
-            )
+            parts[f"column {name}"] = _column_on_sqlite(its, collations.get(name))
+    parts |= _trigger_on_sqlite(connection)
     # SQLite answers index_info for the name of a table only if that table is WITHOUT ROWID, as the one is that we make
     if pragma("index_info", timers.name):
         for check in inspect(connection).get_check_constraints(timers.name, schema=schema):
@@ -573,8 +622,45 @@ def _found_on_sqlite(connection: Connection) -> _Parts:
     return parts
 
 
-def _mend_on_sqlite(_connection: Connection, _part: str, _found: _Parts) -> str:
+def _trigger_on_sqlite(connection: Connection) -> _Parts:
+    its = {"name": MovedTrigger.name, "table": timers.name}
+    sql = connection.scalar(text(_TRIGGER.format(_prefix(connection))), its)
+    return {f"trigger {MovedTrigger.name}": _squeezed(sql)} if sql else {}
+
+
+def _column_on_sqlite(its: Row[Any], collation: str | None) -> str:
+    # a default of these three is nobody's: both programs always give a value
+    default = None if its.name in _SHARED else its.dflt_value
+    return str(
+        its.type.upper()
+        + (f" COLLATE {collation}" if collation else "")
+        + " NOT NULL" * its.notnull
+        + (f" DEFAULT {default}" if default is not None else "")
+        + " GENERATED" * bool(its.hidden)
+    )
+
+
+def _mend_on_sqlite(connection: Connection, part: str, found: _Parts) -> str:
+    prefix = _prefix(connection)
+    # what mends a column makes the trigger as well
+    drop_trigger = f"DROP TRIGGER IF EXISTS {prefix}{MovedTrigger.name}"
+    create_trigger = MovedTrigger(timers).sql(prefix)
+    kind, _, name = part.partition(" ")
+    if kind == "trigger":
+        return f"{drop_trigger}; {create_trigger}"
+    if kind == "column" and name in timers.columns and name not in _SHARED:
+        alter = f"ALTER TABLE {prefix}{timers.name}"
+        add = f"{alter} ADD COLUMN {_definition(connection, name)}"
+        # SQLite can't change a column, and drops none that a trigger names
+        again = [drop_trigger, f"{alter} DROP COLUMN {name}", add, create_trigger]
+        return "; ".join(again if part in found else [add])
+    return _make_anew(connection)
+
+
+def _make_anew(connection: Connection) -> str:
+    prefix = _prefix(connection)
     return (
-        f"ALTER TABLE {timers.name} RENAME TO {timers.name}_before; DROP INDEX IF EXISTS idx_timers_fire_at;"
-        f" DROP TABLE {VERSION_TABLE}; then `alembic upgrade head`, and copy the rows over"
+        f"ALTER TABLE {prefix}{timers.name} RENAME TO {timers.name}_before;"
+        f" DROP INDEX IF EXISTS {prefix}idx_timers_fire_at; DROP TRIGGER IF EXISTS {prefix}{MovedTrigger.name};"
+        f" DROP TABLE {prefix}{VERSION_TABLE}; then `alembic upgrade head`, and copy the rows over"
     )

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeAlias, TypeVar, get_args
-from uuid import UUID
+from typing import TYPE_CHECKING, Any, Concatenate, Final, NamedTuple, ParamSpec, TypeAlias, TypeVar, get_args
+from uuid import UUID, uuid4
 
 from sqlalchemy import Connection, CursorResult, Executable
 from sqlalchemy.orm import Session, scoped_session
 
 from aion_timers import statements
 from aion_timers.engine import connecting, explained, require_dependable
-from aion_timers.errors import ForeignRowError, InvalidInputError, UnsupportedBindError, shown
+from aion_timers.errors import ForeignRowError, InvalidInputError, LeaseLost, UnsupportedBindError, shown
 from aion_timers.schema import SQLITE, Timer
-from aion_timers.statements import IfExists, Name, Parameters, Row
+from aion_timers.statements import IfExists, Name, Parameters, Row, Settle
 from aion_timers.values import (
     MAX_ENCODED_TIMER_ID,
+    Claim,
     NotCanonicalError,
+    Settlement,
     TimerEntry,
     TimerId,
     check_workflow_id,
@@ -45,6 +47,9 @@ Forget: TypeAlias = Callable[[Iterable[Key]], None]
 _CHUNK: Final = 1000
 _MOST_ROWS: Final = 2**63 - 1
 _MOST_REPORTED: Final = 10_000
+_MOST_IN_FLIGHT: Final = 512
+_UNKNOWN: Final[Row] = (None, None, False, False)
+_LONGEST_LEASE: Final = timedelta(days=366)
 
 _log = logging.getLogger(__name__)
 _reported: set[int] = set()
@@ -113,6 +118,19 @@ def _checked_clock(clock: Clock | None) -> Clock | None:
     return clock
 
 
+def _lease(lease: timedelta) -> timedelta:
+    if not isinstance(lease, timedelta) or not timedelta(milliseconds=1) <= lease <= _LONGEST_LEASE:
+        raise InvalidInputError("lease", lease, "no length of a lease", "pass a timedelta of a millisecond to a year")
+    return lease
+
+
+def _claims(claims: Sequence[Claim]) -> Sequence[Claim]:
+    for claim in claims:
+        if not isinstance(claim, Claim):
+            raise InvalidInputError("claims", claim, f"a {type(claim).__name__} is no Claim", "pass what claim() gave")
+    return claims
+
+
 def _page(after: TimerEntry | None) -> TimerEntry | None:
     if after is not None and not isinstance(after, TimerEntry):
         raise InvalidInputError("after", after, "no TimerEntry", "pass the last entry of the page before")
@@ -169,8 +187,11 @@ def _refuse_foreign(rows: Iterable[Row]) -> None:
         )
 
 
-def _schedule(dialect: Name, forget: Forget, timer: TimerEntry, if_exists: IfExists) -> Operation[bool]:
-    result = yield statements.schedule(dialect, if_exists), statements.entry(dialect, timer)
+def _schedule(
+    dialect: Name, forget: Forget, timer: TimerEntry, if_exists: IfExists, now: datetime | None
+) -> Operation[bool]:
+    parameters = {**statements.entry(dialect, timer), **statements.at(now)}
+    result = yield statements.schedule(dialect, if_exists, clocked=now is not None), parameters
     changed = result.rowcount > 0
     if not changed and dialect == SQLITE:
         parameters = statements.entries(dialect, [timer], if_exists)
@@ -179,12 +200,14 @@ def _schedule(dialect: Name, forget: Forget, timer: TimerEntry, if_exists: IfExi
     return changed
 
 
-def _schedule_many(dialect: Name, forget: Forget, entries: Iterable[TimerEntry], if_exists: IfExists) -> Operation[int]:
+def _schedule_many(
+    dialect: Name, forget: Forget, entries: Iterable[TimerEntry], if_exists: IfExists, now: datetime | None
+) -> Operation[int]:
     changed = 0
     source = iter(entries)
     while chunk := list(islice(source, _CHUNK)):
-        parameters = statements.entries(dialect, chunk, if_exists)
-        result = yield statements.schedule_many(dialect, if_exists), parameters
+        parameters = {**statements.entries(dialect, chunk, if_exists), **statements.at(now)}
+        result = yield statements.schedule_many(dialect, if_exists, clocked=now is not None), parameters
         changed += result.rowcount
         if dialect == SQLITE and result.rowcount < len(chunk):
             _refuse_foreign((yield statements.foreign_among(), parameters))
@@ -219,6 +242,26 @@ def _next_fire_at(dialect: Name, _: Forget) -> Operation[datetime | None]:
     return first[0].fire_at if first else None
 
 
+def _next_wake(
+    dialect: Name, _: Forget, names: Sequence[str] | None, now: datetime | None
+) -> Operation[timedelta | None]:
+    parameters = {**statements.at(now), **(statements.named(dialect, names) if names is not None else {})}
+    statement = statements.upcoming(dialect, clocked=now is not None, with_names=names is not None)
+    # what is in flight stands first, and is seldom much
+    fetch, nearest = 8, None
+    while True:
+        rows = _raw_rows((yield statement, {**parameters, "limit": fetch}))
+        for row, timer in _decoded(dialect, rows):
+            due, free = statements.seconds_until_free(dialect, row, timer)
+            if nearest is None or free < nearest:
+                nearest = free
+            if due >= nearest:
+                return nearest
+        if len(rows) < fetch or fetch >= _MOST_IN_FLIGHT:
+            return nearest
+        fetch *= 8
+
+
 def _get(dialect: Name, _: Forget, key: Key) -> Operation[TimerEntry | None]:
     found = yield from _read(dialect, statements.get(dialect), statements.key(dialect, *key))
     return found[0] if found else None
@@ -240,56 +283,128 @@ def _cancel_workflow(dialect: Name, forget: Forget, workflow_id: UUID) -> Operat
     if dialect == SQLITE:
         yield statements.lock(), {}
         rows = (yield statements.list_workflow(dialect), parameters).all()
-        gone = yield from _delete(list(_decoded(dialect, rows)))
+        ours = dict(_decoded(dialect, rows))
+        parameters = statements.raw_rows(ours)
+        gone = [ours[row] for row in (yield statements.delete_rows(held=True), parameters).all()] if ours else []
     else:
         gone = [timer for _, timer in _decoded(dialect, (yield statements.cancel_workflow(), parameters))]
     forget((timer.workflow_id, timer.timer_id) for timer in gone)
     return len(gone)
 
 
-def _take(
-    dialect: Name, forget: Forget, as_of: datetime | None, limit: int, names: Sequence[str] | None
-) -> Operation[list[TimerEntry]]:
-    parameters = statements.due_at(dialect, as_of) if as_of else {}
-    if names is not None:
-        parameters |= statements.named(dialect, names)
-    flags = {"at_clock": as_of is None, "with_names": names is not None}
+class _Due(NamedTuple):
+    """Which timers are to be taken or claimed."""
+
+    as_of: datetime | None
+    now: datetime | None
+    limit: int
+    names: Sequence[str] | None
+
+    def flags(self) -> dict[str, bool]:
+        return {
+            "at_clock": self.as_of is None,
+            "clocked": self.now is not None,
+            "with_names": self.names is not None,
+        }
+
+    def parameters(self, dialect: Name) -> Parameters:
+        return {
+            **(statements.due_at(dialect, self.as_of) if self.as_of else {}),
+            **statements.at(self.now),
+            **(statements.named(dialect, self.names) if self.names is not None else {}),
+            "limit": self.limit,
+        }
+
+
+def _take(dialect: Name, forget: Forget, due: _Due) -> Operation[list[TimerEntry]]:
     if dialect == SQLITE:
-        taken = yield from _take_decoded(
-            statements.expired(dialect, paged=False, limited=True, **flags), parameters, limit
-        )
+        statement = statements.delete_rows(clocked=due.now is not None)
+        taken = [timer for _, timer in (yield from _change_decoded(due, statement, statements.at(due.now)))]
     else:
-        rows = (yield statements.take(**flags), {**parameters, "limit": limit}).all()
+        rows = (yield statements.take(**due.flags()), due.parameters(dialect)).all()
         taken = _all_decoded(dialect, sorted(rows, key=statements.order))
     forget((timer.workflow_id, timer.timer_id) for timer in taken)
     return taken
 
 
-def _take_decoded(statement: Executable, parameters: Parameters, limit: int) -> Operation[list[TimerEntry]]:
-    """Read, decode, and only then delete what is ours, until the limit is full."""
+def _claim(dialect: Name, forget: Forget, due: _Due, lease: timedelta) -> Operation[list[Claim]]:
+    token = uuid4()
+    parameters = statements.leased(dialect, token, lease, due.now)
+    if dialect == SQLITE:
+        statement = statements.lease_rows(clocked=due.now is not None)
+        found = yield from _change_decoded(due, statement, {**parameters, **statements.at(due.now)})
+    else:
+        rows = (yield statements.claim(**due.flags()), {**due.parameters(dialect), **parameters}).all()
+        found = list(_decoded(dialect, sorted(rows, key=statements.order)))
+    claims = [Claim(timer, token, row[3]) for row, timer in found]
+    forget(_place(claim) for claim in claims)
+    return claims
+
+
+def _change_decoded(due: _Due, change: Executable, parameters: Parameters) -> Operation[list[tuple[Row, TimerEntry]]]:
+    """Read, decode, and only then change what is ours, until the limit is full; the rows as they came back."""
     yield statements.lock(), {}
-    taken: list[TimerEntry] = []
-    fetch = limit
+    statement = statements.free_and_due(**due.flags())
+    ready = due.parameters(SQLITE)
+    changed: list[tuple[Row, TimerEntry]] = []
+    fetch = due.limit
     while True:
-        rows = (yield statement, {**parameters, "limit": fetch}).all()
-        gone = yield from _delete(list(islice(_decoded(SQLITE, rows), limit - len(taken))))
-        taken += gone
-        if len(taken) >= limit or len(rows) < fetch:
-            return taken
-        if not gone:
+        rows = (yield statement, {**ready, "limit": fetch}).all()
+        ours = list(islice(_decoded(SQLITE, rows), due.limit - len(changed)))
+        back = {}
+        if ours:
+            result = yield change, {**parameters, **statements.raw_rows(row for row, _ in ours)}
+            back = {tuple(row[:3]): row for row in result.all()}
+        # outside a transaction another one may have had some of them meanwhile
+        changed += [(back[row], timer) for row, timer in ours if row in back]
+        if len(changed) >= due.limit or len(rows) < fetch:
+            return changed
+        if not back:
             fetch = min(2 * fetch, _MOST_ROWS)
 
 
-def _delete(ours: Sequence[tuple[Row, TimerEntry]]) -> Operation[list[TimerEntry]]:
-    if not ours:
-        return []
-    result = yield statements.delete_rows(), statements.raw_rows(row for row, _ in ours)
-    gone = set(result.all())
-    # outside a transaction another one may have had some of them meanwhile
-    return [timer for row, timer in ours if row in gone]
+def _confirm(dialect: Name, _: Forget, claim: Claim) -> Operation[None]:
+    result = yield statements.confirm(dialect), statements.fence(dialect, claim)
+    if not (result.rowcount if dialect == SQLITE else result.all()):
+        raise LeaseLost(claim)
 
 
-_READING: Final = (_expired, _next_fire_at, _get, _list_workflow)
+def _settle(
+    dialect: Name, forget: Forget, /, claims: Sequence[Claim], how: Settle, parameters: Parameters, **how_exactly: bool
+) -> Operation[Settlement]:
+    statement = statements.settle(dialect, how, **how_exactly)
+    fates: dict[Claim, list[Claim]] = {}
+    done: list[Claim] = []
+    busy: list[Claim] = []
+    lost: list[Claim] = []
+    left = dict.fromkeys(claims)
+    while left:
+        # of two claims on one timer at most one is alive, and the answer names only the timer
+        now = {_place(claim): claim for claim in left}
+        rows = (yield statement, {**statements.claims(dialect, now.values()), **parameters}).all()
+        answers: dict[Key, Row] = {statements.settled_key(dialect, row): row for row in rows}
+        for place, claim in now.items():
+            _, _, is_done, is_held = answers.get(place, _UNKNOWN)
+            fates[claim] = done if is_done else busy if is_held else lost
+            del left[claim]
+    for claim in claims:
+        fates[claim].append(claim)
+    forget(_place(claim) for claim in claims)
+    return Settlement(tuple(done), tuple(busy), tuple(lost))
+
+
+def _extend(
+    dialect: Name, forget: Forget, claims: Sequence[Claim], lease: timedelta, now: datetime | None
+) -> Operation[Settlement]:
+    parameters = statements.lease_of(dialect, lease, now)
+    return (yield from _settle(dialect, forget, claims, "extend", parameters, clocked=now is not None))
+
+
+def _place(claim: Claim) -> Key:
+    return claim.timer.workflow_id, claim.timer.timer_id
+
+
+_READING: Final = (_expired, _next_fire_at, _next_wake, _get, _list_workflow)
 
 
 def _bind_for(operation: Callable[..., Operation[Any]]) -> dict[str, Any]:
@@ -307,9 +422,17 @@ class _Clocked:
     _clock: Clock | None
 
     def _as_of(self, as_of: datetime | None) -> datetime | None:
-        if as_of is not None:
-            return utc("as_of", as_of, up=False)
+        return self._now() if as_of is None else utc("as_of", as_of, up=False)
+
+    def _now(self) -> datetime | None:
         return None if self._clock is None else utc("clock", self._clock(), up=False)
+
+    def _due(self, as_of: datetime | None, limit: int, names: Iterable[str] | None) -> _Due:
+        now = self._now()
+        return _Due(utc("as_of", as_of, up=False) if as_of is not None else now, now, _at_most(limit), _names(names))
+
+    def _lasting(self, lease: timedelta) -> tuple[timedelta, datetime | None]:
+        return _lease(lease), self._now()
 
     def _forget(self, keys: Iterable[Key]) -> None:
         loaded = getattr(self._bind, "identity_map", None)
@@ -389,7 +512,7 @@ class TimerRepository(_Clocked):
             ForeignRowError: another program's row stands under this key, in a form that cannot be moved.
         """
         timer = _writable(TimerEntry(workflow_id, timer_id, fire_at))
-        return self._run(_schedule, timer, _policy(if_exists))
+        return self._run(_schedule, timer, _policy(if_exists), self._now())
 
     def schedule_many(self, entries: Iterable[TimerEntry], *, if_exists: IfExists = "replace") -> int:
         """Schedule any number of timers, as if one after the other in the order given.
@@ -406,7 +529,7 @@ class TimerRepository(_Clocked):
         Raises:
             ForeignRowError: another program's row stands under one of the keys, in a form that cannot be moved.
         """
-        return self._run(_schedule_many, _entries(entries), _policy(if_exists))
+        return self._run(_schedule_many, _entries(entries), _policy(if_exists), self._now())
 
     def expired(
         self, as_of: datetime | None = None, *, limit: int | None = None, after: TimerEntry | None = None
@@ -440,6 +563,17 @@ class TimerRepository(_Clocked):
         """The earliest instant of all timers, due or not, or None if there is no timer."""
         return self._run(_next_fire_at)
 
+    def next_wake(self, names: Iterable[str] | None = None) -> timedelta | None:
+        """How long until a timer can be claimed: zero or less if one can be now, None if there is no timer.
+
+        It goes by the clock. A held timer counts with the end of its lease. The first few hundred timers are looked at,
+        so that with more of them in flight the answer may be too long.
+
+        Args:
+            names: as for `take`.
+        """
+        return self._run(_next_wake, _names(names), self._now())
+
     def take(
         self, as_of: datetime | None = None, *, limit: int, names: Iterable[str] | None = None
     ) -> list[TimerEntry]:
@@ -454,7 +588,50 @@ class TimerRepository(_Clocked):
             names: only timers of these names; one that ends with ``*`` stands for every name that begins so, itself
                 too. By default every timer, anonymous ones too.
         """
-        return self._run(_take, self._as_of(as_of), _at_most(limit), _names(names))
+        return self._run(_take, self._due(as_of, limit, names))
+
+    def claim(
+        self, as_of: datetime | None = None, *, limit: int, lease: timedelta, names: Iterable[str] | None = None
+    ) -> list[Claim]:
+        """Lease the first due timers that nobody holds, and return the claims in order.
+
+        Until the lease runs out, no other claim and no `take` gets them. Commit before the timers are fired, so that
+        others see the lease. On PostgreSQL, timers whose rows another transaction has locked are passed over.
+
+        Args:
+            as_of: an aware datetime, by default now. It decides only what is due; leases go by the clock.
+            limit: how many at most.
+            lease: how long they are held, a millisecond to a year; long enough for the work, or for the next `extend`.
+            names: as for `take`.
+        """
+        return self._run(_claim, self._due(as_of, limit, names), _lease(lease))
+
+    def confirm(self, claim: Claim) -> None:
+        """Lock the timer of a claim, for a transaction that will settle it at its end.
+
+        Raises:
+            LeaseLost: the claim holds its timer no more; nothing was locked.
+        """
+        self._run(_confirm, *_claims([claim]))
+
+    def complete(self, *claims: Claim) -> Settlement:
+        """Delete the timers of the claims, which have been fired; all in one statement, waiting for nobody."""
+        return self._run(_settle, _claims(claims), "complete", {})
+
+    def release(self, *claims: Claim, retry_at: datetime | None = None) -> Settlement:
+        """Give the timers of the claims back, all in one statement, waiting for nobody.
+
+        Args:
+            claims: the claims.
+            retry_at: when the timers are due again, an aware datetime; by default they are due as before. How often
+                they were attempted is kept.
+        """
+        moved = None if retry_at is None else utc("retry_at", retry_at)
+        return self._run(_settle, _claims(claims), "release", statements.retry(moved), moved=moved is not None)
+
+    def extend(self, *claims: Claim, lease: timedelta) -> Settlement:
+        """Hold the timers of the claims for this long from now on, all in one statement, waiting for nobody."""
+        return self._run(_extend, _claims(claims), *self._lasting(lease))
 
 
 class AsyncTimerRepository(_Clocked):
@@ -493,11 +670,11 @@ class AsyncTimerRepository(_Clocked):
     ) -> bool:
         """Like `TimerRepository.schedule`."""
         timer = _writable(TimerEntry(workflow_id, timer_id, fire_at))
-        return await self._run(_schedule, timer, _policy(if_exists))
+        return await self._run(_schedule, timer, _policy(if_exists), self._now())
 
     async def schedule_many(self, entries: Iterable[TimerEntry], *, if_exists: IfExists = "replace") -> int:
         """Like `TimerRepository.schedule_many`."""
-        return await self._run(_schedule_many, _entries(entries), _policy(if_exists))
+        return await self._run(_schedule_many, _entries(entries), _policy(if_exists), self._now())
 
     async def expired(
         self, as_of: datetime | None = None, *, limit: int | None = None, after: TimerEntry | None = None
@@ -525,11 +702,38 @@ class AsyncTimerRepository(_Clocked):
         """Like `TimerRepository.next_fire_at`."""
         return await self._run(_next_fire_at)
 
+    async def next_wake(self, names: Iterable[str] | None = None) -> timedelta | None:
+        """Like `TimerRepository.next_wake`."""
+        return await self._run(_next_wake, _names(names), self._now())
+
     async def take(
         self, as_of: datetime | None = None, *, limit: int, names: Iterable[str] | None = None
     ) -> list[TimerEntry]:
         """Like `TimerRepository.take`."""
-        return await self._run(_take, self._as_of(as_of), _at_most(limit), _names(names))
+        return await self._run(_take, self._due(as_of, limit, names))
+
+    async def claim(
+        self, as_of: datetime | None = None, *, limit: int, lease: timedelta, names: Iterable[str] | None = None
+    ) -> list[Claim]:
+        """Like `TimerRepository.claim`."""
+        return await self._run(_claim, self._due(as_of, limit, names), _lease(lease))
+
+    async def confirm(self, claim: Claim) -> None:
+        """Like `TimerRepository.confirm`."""
+        await self._run(_confirm, *_claims([claim]))
+
+    async def complete(self, *claims: Claim) -> Settlement:
+        """Like `TimerRepository.complete`."""
+        return await self._run(_settle, _claims(claims), "complete", {})
+
+    async def release(self, *claims: Claim, retry_at: datetime | None = None) -> Settlement:
+        """Like `TimerRepository.release`."""
+        moved = None if retry_at is None else utc("retry_at", retry_at)
+        return await self._run(_settle, _claims(claims), "release", statements.retry(moved), moved=moved is not None)
+
+    async def extend(self, *claims: Claim, lease: timedelta) -> Settlement:
+        """Like `TimerRepository.extend`."""
+        return await self._run(_extend, _claims(claims), *self._lasting(lease))
 
 
 # -- binds ------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime, timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, assert_never
 
@@ -28,9 +29,11 @@ from sqlalchemy import (
     Executable,
     Insert,
     Integer,
+    Interval,
     LargeBinary,
     Select,
     Text,
+    Update,
     and_,
     bindparam,
     cast,
@@ -39,6 +42,7 @@ from sqlalchemy import (
     func,
     literal_column,
     not_,
+    null,
     or_,
     select,
     true,
@@ -51,10 +55,14 @@ from sqlalchemy.types import NullType
 
 from aion_timers.schema import POSTGRESQL, SQLITE, stored_bytes, timers
 from aion_timers.values import (
+    Claim,
     TimerEntry,
     TimerId,
     decode_columns,
+    decode_instant,
     decode_row,
+    decode_timer_id,
+    decode_workflow_id,
     encode_as_of,
     encode_instant,
     encode_timer_id,
@@ -62,10 +70,10 @@ from aion_timers.values import (
 )
 
 if TYPE_CHECKING:
-    from datetime import datetime
     from uuid import UUID
 
-    from sqlalchemy.sql.dml import ReturningDelete
+    from sqlalchemy.sql.dml import ReturningDelete, ReturningUpdate
+    from sqlalchemy.sql.selectable import CTE, TableValuedAlias
     from sqlalchemy.types import TypeEngine
 
 IfExists = Literal["replace", "keep", "earliest", "latest"]
@@ -160,8 +168,55 @@ def named(dialect: Name, names: Sequence[str]) -> Parameters:
 
 
 def raw_rows(rows: Iterable[Row]) -> Parameters:
-    """The parameter of `delete_rows`: rows just as they were fetched as bytes, in canonical form."""
+    """The parameter of `delete_rows` and `lease_rows`: rows just as they were fetched as bytes, in canonical form."""
     return {"rows": _json([[value.decode() for value in row] for row in rows])}
+
+
+def at(now: datetime | None) -> Parameters:
+    """The parameter that says what time it is, unless the database's clock does."""
+    return {} if now is None else {"now": encode_instant(now)}
+
+
+def leased(dialect: Name, token: UUID, lease: timedelta, now: datetime | None) -> Parameters:
+    """The parameters of a lease."""
+    return {"token": token if dialect == POSTGRESQL else str(token), **lease_of(dialect, lease, now)}
+
+
+def lease_of(dialect: Name, lease: timedelta, now: datetime | None) -> Parameters:
+    """The parameter that says until when a lease lasts: an instant, or how much is added to the database's clock."""
+    if now is not None:
+        return {"until": encode_instant(now + lease)}
+    # SQLite's clock counts milliseconds
+    return {"lease": lease if dialect == POSTGRESQL else f"+{lease / timedelta(seconds=1):.3f} seconds"}
+
+
+def claims(dialect: Name, many: Iterable[Claim]) -> Parameters:
+    """The parameters that name claims to settle."""
+    rows = sorted(
+        {
+            (
+                claim.timer.workflow_id.hex if dialect == POSTGRESQL else encode_workflow_id(claim.timer.workflow_id),
+                encode_timer_id(claim.timer.timer_id),
+                str(claim.token),
+            )
+            for claim in many
+        }
+    )
+    if dialect == SQLITE:
+        return {"rows": _json(rows)}
+    workflows, ids, tokens = zip(*rows, strict=True)
+    return {"workflows": "\n".join(workflows), "timers": "\n".join(ids), "tokens": "\n".join(tokens)}
+
+
+def fence(dialect: Name, claim: Claim) -> Parameters:
+    """The parameters that name one claim."""
+    token = claim.token if dialect == POSTGRESQL else str(claim.token)
+    return {**key(dialect, claim.timer.workflow_id, claim.timer.timer_id), "token": token}
+
+
+def retry(retry_at: datetime | None) -> Parameters:
+    """The parameter that says when a timer that is given back is due, if not as before."""
+    return {} if retry_at is None else {"instant": encode_instant(retry_at)}
 
 
 def decoder(dialect: Name) -> Callable[..., TimerEntry]:
@@ -175,12 +230,31 @@ def decode(dialect: Name, row: Row) -> TimerEntry:
     Raises:
         NotCanonicalError: another program wrote the row in a form of its own.
     """
-    return decode_columns(*row) if dialect == POSTGRESQL else decode_row(*row)
+    return decode_columns(*row[:3]) if dialect == POSTGRESQL else decode_row(*row[:3])
+
+
+def seconds_until_free(dialect: Name, row: Row, timer: TimerEntry) -> tuple[timedelta, timedelta]:
+    """How long from now a timer of `upcoming` is not yet due, and how long until it can be claimed."""
+    _, _, _, until, now = row
+    if dialect == SQLITE:
+        now, until = decode_instant(now), decode_instant(until) if until is not None else None
+        due = timer.fire_at - now
+    else:
+        due = timer.fire_at.replace(tzinfo=None) - now
+    return due, due if until is None else max(due, until - now)
+
+
+def settled_key(dialect: Name, row: Row) -> tuple[UUID, TimerId]:
+    """The key that a row of `settle` names."""
+    workflow_id, timer_id = row[0], row[1]
+    if dialect == POSTGRESQL:
+        return workflow_id, decode_timer_id(timer_id)
+    return decode_workflow_id(workflow_id.decode()), decode_timer_id(timer_id.decode())
 
 
 def order(row: Row) -> tuple[Any, ...]:
     """The sort key of a row that PostgreSQL returned."""
-    workflow_id, timer_id, fire_at = row
+    workflow_id, timer_id, fire_at, *_ = row
     return fire_at, workflow_id, timer_id
 
 
@@ -209,7 +283,7 @@ def _instant(dialect: Name, name: str) -> ColumnElement[Any]:
 def _fetched(dialect: Name) -> list[ColumnElement[Any]]:
     if dialect == SQLITE:
         # text that is not UTF-8 makes the drivers fail
-        return [type_coerce(stored_bytes(of), _RAW).label(of.key) for of in timers.c]
+        return [type_coerce(stored_bytes(of), _RAW).label(of.key) for of in (*_KEY, timers.c.fire_at)]
     # psycopg reads an instant in the session's time zone, where the ends of the range are no datetimes
     instant = func.timezone(_sql("'UTC'"), timers.c.fire_at)
     return [
@@ -233,6 +307,44 @@ def _clock(dialect: Name) -> ColumnElement[Any]:
         # stable within the statement, so that the index serves; now() would stand still in a long transaction
         return func.statement_timestamp(type_=_TIMESTAMP)
     return func.strftime(_sql("'%Y-%m-%dT%H:%M:%f'"), _sql("'now'"), type_=Text).concat(_sql("'000000Z'"))
+
+
+def _now(dialect: Name, *, clocked: bool, waiting: bool = False) -> ColumnElement[Any]:
+    """What time it is: a parameter if there is a clock, else the database's clock.
+
+    Where a statement may wait for a row, PostgreSQL has to look at its clock after that.
+    """
+    if clocked:
+        return _instant(dialect, "now")
+    return func.clock_timestamp(type_=_TIMESTAMP) if waiting and dialect == POSTGRESQL else _clock(dialect)
+
+
+def _held(dialect: Name, *, clocked: bool, waiting: bool = False) -> ColumnElement[bool]:
+    return type_coerce(timers.c.lease_until, _RAW) > _now(dialect, clocked=clocked, waiting=waiting)
+
+
+def _free(dialect: Name, *, clocked: bool) -> ColumnElement[bool]:
+    until = type_coerce(timers.c.lease_until, _RAW)
+    return or_(until.is_(None), until <= _now(dialect, clocked=clocked))
+
+
+def _until(dialect: Name, *, clocked: bool) -> ColumnElement[Any]:
+    """When a lease that is given now will end."""
+    if clocked:
+        return _instant(dialect, "until")
+    if dialect == POSTGRESQL:
+        # not the statement's beginning: it may have waited
+        return func.clock_timestamp(type_=_TIMESTAMP) + bindparam("lease", type_=Interval())
+    lease = bindparam("lease", type_=Text())
+    return func.strftime(_sql("'%Y-%m-%dT%H:%M:%f'"), _sql("'now'"), lease, type_=Text).concat(_sql("'000000Z'"))
+
+
+def _token(dialect: Name) -> ColumnElement[Any]:
+    return bindparam("token", type_=postgresql.UUID() if dialect == POSTGRESQL else Text())
+
+
+def _has_token(token: ColumnElement[Any]) -> ColumnElement[bool]:
+    return type_coerce(timers.c.lease_token, _RAW) == token
 
 
 def _in_range(dialect: Name) -> ColumnElement[bool]:
@@ -274,25 +386,29 @@ def _canonical_instant() -> ColumnElement[bool]:
     )
 
 
-def _upsert(dialect: Name, if_exists: IfExists, insert: sqlite.Insert | postgresql.Insert) -> Insert:
+def _upsert(dialect: Name, if_exists: IfExists, insert: sqlite.Insert | postgresql.Insert, *, clocked: bool) -> Insert:
     new = insert.excluded.fire_at
+    # a timer that is being fired is about to go, so it counts as absent
+    held = _held(dialect, clocked=clocked, waiting=True)
     condition: ColumnElement[bool]
     match if_exists:
         case "replace":
             condition = true()
         case "keep":
             # not DO NOTHING, which does not wait for a row that another transaction is deleting
-            condition = false()
+            condition = held
         case "earliest":
-            condition = new < timers.c.fire_at
+            condition = or_(new < timers.c.fire_at, held)
         case "latest":
-            condition = new > timers.c.fire_at
+            condition = or_(new > timers.c.fire_at, held)
         case other:
             assert_never(other)
     if dialect == SQLITE:
         condition = and_(condition, _canonical_instant())
     statement = insert.on_conflict_do_update(
-        index_elements=["workflow_id", "timer_id"], set_={"fire_at": new}, where=condition
+        index_elements=["workflow_id", "timer_id"],
+        set_={"fire_at": new, "lease_token": null(), "lease_until": null(), "attempts": _sql("0")},
+        where=condition,
     )
     return statement.execution_options(preserve_rowcount=True)
 
@@ -305,41 +421,47 @@ def _insert(dialect: Name) -> sqlite.Insert | postgresql.Insert:
 
 
 @cache
-def schedule(dialect: Name, if_exists: IfExists) -> Insert:
+def schedule(dialect: Name, if_exists: IfExists, *, clocked: bool = False) -> Insert:
     """Insert the timer of `entry`, or change the one with its key; the row count says whether the row changed."""
     insert = _insert(dialect).values(
         workflow_id=_workflow(dialect), timer_id=_timer(), fire_at=_instant(dialect, "instant")
     )
-    return _upsert(dialect, if_exists, insert)
+    return _upsert(dialect, if_exists, insert, clocked=clocked)
 
 
 @cache
-def schedule_many(dialect: Name, if_exists: IfExists) -> Insert:
+def schedule_many(dialect: Name, if_exists: IfExists, *, clocked: bool = False) -> Insert:
     """Like `schedule`, for the timers of `entries`."""
     # on the SQLite family all or nothing: a row that cannot be moved stops its whole chunk
     source = _given_rows().where(not_(_foreign_among().exists())) if dialect == SQLITE else _given_arrays()
-    return _upsert(dialect, if_exists, _insert(dialect).from_select([*timers.c.keys()], source))
+    insert = _insert(dialect).from_select(["workflow_id", "timer_id", "fire_at"], source, include_defaults=False)
+    return _upsert(dialect, if_exists, insert, clocked=clocked)
+
+
+def _rows_given() -> list[ColumnElement[Any]]:
+    """The three columns of the JSON parameter, which a statement selects from."""
+    row = func.json_each(bindparam("rows", type_=Text())).table_valued("value").c.value
+    return [func.json_extract(row, _sql(f"'$[{place}]'"), type_=Text()) for place in range(3)]
 
 
 def _given_rows() -> Select[*tuple[Any, ...]]:
-    row = func.json_each(bindparam("rows", type_=Text())).table_valued("value").c.value
     # WHERE tells the parser that the ON after it is the upsert's, not a join's
-    return select(*(func.json_extract(row, _sql(f"'$[{place}]'"), type_=Text()) for place in range(3))).where(true())
+    return select(*_rows_given()).where(true())
+
+
+def _lines(**columns: TypeEngine[Any]) -> TableValuedAlias:
+    """A table made of text parameters that hold a value a line, each named as its column and an s."""
+    # psycopg takes as long to write an array as the server to insert it; JSON holds no line break
+    arrays = (
+        cast(func.string_to_array(bindparam(f"{name}s", type_=Text()), _sql("E'\\n'")), ARRAY(type_))
+        for name, type_ in columns.items()
+    )
+    return func.unnest(*arrays).table_valued(*columns).render_derived()
 
 
 def _given_arrays() -> Select[*tuple[Any, ...]]:
-    # lines of text, since psycopg takes as long to write an array as the server to insert it; JSON holds no line break
-    arrays: dict[str, ARRAY[Any]] = {
-        "workflows": ARRAY(postgresql.UUID()),
-        "timers": ARRAY(Text()),
-        "instants": ARRAY(_TIMESTAMP),
-    }
-    lines = (
-        cast(func.string_to_array(bindparam(name, type_=Text()), _sql("E'\\n'")), type_)
-        for name, type_ in arrays.items()
-    )
-    columns = func.unnest(*lines).table_valued("workflow_id", "timer_id", "fire_at").render_derived().c
-    return select(columns.workflow_id, columns.timer_id, columns.fire_at)
+    given = _lines(workflow=postgresql.UUID(), timer=Text(), instant=_TIMESTAMP).c
+    return select(given.workflow, given.timer, given.instant)
 
 
 def _foreign_among() -> Select[*tuple[Any, ...]]:
@@ -355,28 +477,52 @@ def foreign_among() -> Select[*tuple[Any, ...]]:
 
 
 @cache
-def expired(
-    dialect: Name, *, at_clock: bool, paged: bool, limited: bool, with_names: bool = False
-) -> Select[*tuple[Any, ...]]:
-    """The due timers in order, from a page's beginning, up to a limit, of some names."""
+def expired(dialect: Name, *, at_clock: bool, paged: bool, limited: bool) -> Select[*tuple[Any, ...]]:
+    """The due timers in order, held or not, from a page's beginning, up to a limit."""
     statement = select(*_fetched(dialect)).where(_due(dialect, at_clock=at_clock)).order_by(*_ORDER)
     if paged:
         last = tuple_(_instant(dialect, "instant"), _workflow(dialect), _timer())
         statement = statement.where(tuple_(*_ORDER) > last)
+    return statement.limit(_limit()) if limited else statement
+
+
+def _limit() -> ColumnElement[Any]:
+    return bindparam("limit", type_=BigInteger())
+
+
+def _free_and_due(
+    dialect: Name, columns: Iterable[ColumnElement[Any]], *, at_clock: bool, clocked: bool, with_names: bool
+) -> Select[*tuple[Any, ...]]:
+    statement = select(*columns).where(_due(dialect, at_clock=at_clock), _free(dialect, clocked=clocked))
     if with_names:
         statement = statement.where(_has_name(dialect))
-    return statement.limit(bindparam("limit", type_=BigInteger())) if limited else statement
+    return statement.order_by(*_ORDER).limit(_limit())
+
+
+@cache
+def free_and_due(*, at_clock: bool, clocked: bool, with_names: bool) -> Select[*tuple[Any, ...]]:
+    """The first due timers of the SQLite family that nobody holds, up to a limit."""
+    return _free_and_due(SQLITE, _fetched(SQLITE), at_clock=at_clock, clocked=clocked, with_names=with_names)
 
 
 @cache
 def next_fire_at(dialect: Name) -> Select[*tuple[Any, ...]]:
     """The first timers of all, in order, up to a limit."""
-    return (
-        select(*_fetched(dialect))
-        .where(_in_range(dialect))
-        .order_by(*_ORDER)
-        .limit(bindparam("limit", type_=BigInteger()))
-    )
+    return select(*_fetched(dialect)).where(_in_range(dialect)).order_by(*_ORDER).limit(_limit())
+
+
+@cache
+def upcoming(dialect: Name, *, clocked: bool, with_names: bool) -> Select[*tuple[Any, ...]]:
+    """The first timers of all, in order, up to a limit, each with the end of its lease and with what time it is."""
+    now = _now(dialect, clocked=clocked)
+    until: ColumnElement[Any] = type_coerce(timers.c.lease_until, _RAW)
+    if dialect == POSTGRESQL:
+        now, until = func.timezone(_sql("'UTC'"), now), func.timezone(_sql("'UTC'"), until)
+    columns = [*_fetched(dialect), type_coerce(until, _RAW), type_coerce(now, _RAW)]
+    statement = select(*columns).where(_in_range(dialect))
+    if with_names:
+        statement = statement.where(_has_name(dialect))
+    return statement.order_by(*_ORDER).limit(_limit())
 
 
 @cache
@@ -405,36 +551,145 @@ def lock() -> Executable:
 
 
 @cache
-def delete_rows() -> ReturningDelete[*tuple[Any, ...]]:
-    """Delete on the SQLite family the rows of `raw_rows`, as far as they are still the same, and return their keys."""
-    row = func.json_each(bindparam("rows", type_=Text())).table_valued("value").c.value
-    stored = [func.json_extract(row, _sql(f"'$[{place}]'"), type_=Text()) for place in range(3)]
-    return delete(timers).where(tuple_(*timers.c).in_(select(*stored))).returning(*_fetched(SQLITE))
+def delete_rows(*, clocked: bool = False, held: bool = False) -> ReturningDelete[*tuple[Any, ...]]:
+    """Delete on the SQLite family the rows of `raw_rows` that are still the same; held ones, too, if it is said."""
+    same = tuple_(*_KEY, timers.c.fire_at).in_(select(*_rows_given()))
+    free = true() if held else _free(SQLITE, clocked=clocked)
+    return delete(timers).where(same, free).returning(*_fetched(SQLITE))
 
 
 @cache
 def cancel_workflow() -> ReturningDelete[*tuple[Any, ...]]:
     """Delete on PostgreSQL all timers of one workflow and return them."""
-    mine = select(*_KEY).where(_of_workflow(POSTGRESQL)).order_by(*_KEY).with_for_update()
-    # said again outside, so that the index serves even where the table has no statistics
-    return _delete_locked(mine).where(_of_workflow(POSTGRESQL))
+    mine = _locked(select(*_KEY).where(_of_workflow(POSTGRESQL)).order_by(*_KEY).with_for_update())
+    # the workflow is said again outside, so that the index serves even where the table has no statistics
+    return delete(timers).where(_is_in(mine), _of_workflow(POSTGRESQL)).returning(*_fetched(POSTGRESQL))
 
 
 @cache
-def take(*, at_clock: bool, with_names: bool) -> ReturningDelete[*tuple[Any, ...]]:
-    """Delete on PostgreSQL the first due timers that nobody has locked, up to a limit, and return them, in no order."""
-    mine = select(*_KEY).where(_due(POSTGRESQL, at_clock=at_clock)).order_by(*_ORDER)
-    if with_names:
-        mine = mine.where(_has_name(POSTGRESQL))
-    return _delete_locked(mine.limit(bindparam("limit", type_=BigInteger())).with_for_update(skip_locked=True))
-
-
-def _delete_locked(mine: Select[*tuple[Any, ...]]) -> ReturningDelete[*tuple[Any, ...]]:
-    # materialized, so that the limit and the locks are taken once; joined by key, since a row that moved meanwhile
-    # has another ctid
-    locked = mine.cte("mine").prefix_with("MATERIALIZED", dialect=POSTGRESQL)
+def take(*, at_clock: bool, clocked: bool, with_names: bool) -> ReturningDelete[*tuple[Any, ...]]:
+    """Delete on PostgreSQL the first due timers that nobody holds or has locked, and return them, in no order."""
+    mine = _free_and_due(POSTGRESQL, _KEY, at_clock=at_clock, clocked=clocked, with_names=with_names)
     return (
-        delete(timers)
-        .where(timers.c.workflow_id == locked.c.workflow_id, timers.c.timer_id == locked.c.timer_id)
-        .returning(*_fetched(POSTGRESQL))
+        delete(timers).where(_is_in(_locked(mine.with_for_update(skip_locked=True)))).returning(*_fetched(POSTGRESQL))
     )
+
+
+def _locked(mine: Select[*tuple[Any, ...]], name: str = "mine") -> CTE:
+    # materialized, so that the limit and the locks are taken once
+    return mine.cte(name).prefix_with("MATERIALIZED", dialect=POSTGRESQL)
+
+
+def _is_in(mine: CTE) -> ColumnElement[bool]:
+    # by key: a row that moved meanwhile has another ctid
+    return and_(
+        type_coerce(timers.c.workflow_id, _RAW) == mine.c.workflow_id,
+        type_coerce(timers.c.timer_id, _RAW) == mine.c.timer_id,
+    )
+
+
+# -- leases -----------------------------------------------------------------------------------------------------------
+
+
+def _lease(dialect: Name, *, clocked: bool) -> dict[str, Any]:
+    return {
+        "lease_token": _token(dialect),
+        "lease_until": _until(dialect, clocked=clocked),
+        "attempts": timers.c.attempts + _sql("1"),
+    }
+
+
+@cache
+def claim(*, at_clock: bool, clocked: bool, with_names: bool) -> ReturningUpdate[*tuple[Any, ...]]:
+    """Lease on PostgreSQL the first due timers that nobody holds or has locked, and return them, in no order."""
+    mine = _free_and_due(POSTGRESQL, _KEY, at_clock=at_clock, clocked=clocked, with_names=with_names)
+    return (
+        update(timers)
+        .values(_lease(POSTGRESQL, clocked=clocked))
+        .where(_is_in(_locked(mine.with_for_update(skip_locked=True))))
+        .returning(*_fetched(POSTGRESQL), type_coerce(timers.c.attempts, _RAW))
+    )
+
+
+@cache
+def lease_rows(*, clocked: bool) -> ReturningUpdate[*tuple[Any, ...]]:
+    """Lease on the SQLite family the rows of `raw_rows` that are still the same and that nobody holds; return them."""
+    same = tuple_(*_KEY, timers.c.fire_at).in_(select(*_rows_given()))
+    return (
+        update(timers)
+        .values(_lease(SQLITE, clocked=clocked))
+        .where(same, _free(SQLITE, clocked=clocked))
+        .returning(*_fetched(SQLITE), type_coerce(timers.c.attempts, _RAW))
+    )
+
+
+@cache
+def confirm(dialect: Name) -> Executable:
+    """Lock the row of one claim; it has one row, or its row count is one, if the claim still holds the timer."""
+    mine = and_(_same_key(dialect), _has_token(_token(dialect)))
+    if dialect == POSTGRESQL:
+        return select(_sql("1")).select_from(timers).where(mine).with_for_update()
+    # an update that changes nothing takes the write lock, however the transaction began
+    return update(timers).values(lease_token=timers.c.lease_token).where(mine)
+
+
+Settle = Literal["complete", "release", "extend"]
+"""What ends a claim, or keeps it alive: delete the timer, give it back, lease it for longer."""
+
+
+@cache
+def settle(dialect: Name, how: Settle, *, moved: bool = False, clocked: bool = False) -> Executable:
+    """Settle the claims of `claims` and say what became of each: its key, whether it is done, whether it is held.
+
+    On the SQLite family only those that are done come back; the others are lost.
+    """
+    change = _settling(how, dialect, moved=moved, clocked=clocked)
+    if dialect == SQLITE:
+        alive = tuple_(*_KEY, timers.c.lease_token).in_(select(*_rows_given()))
+        return change.where(alive).returning(*_fetched(SQLITE)[:2], _sql("1"), _sql("1"))
+    given = select(*_lines(workflow=postgresql.UUID(), timer=Text(), token=postgresql.UUID()).c).cte("given")
+
+    def is_given(table: Any) -> ColumnElement[bool]:  # noqa: ANN401 - the table or an alias of it
+        return and_(
+            type_coerce(table.c.workflow_id, _RAW) == given.c.workflow,
+            type_coerce(table.c.timer_id, _RAW) == given.c.timer,
+        )
+
+    mine = _locked(
+        select(*_KEY)
+        .where(is_given(timers), _has_token(given.c.token))
+        .order_by(*_KEY)
+        .with_for_update(of=timers, skip_locked=True)
+    )
+    # locked before the clock is looked at: an update that waits would set a time that is over
+    done = change.where(_is_in(mine)).returning(*_KEY).cte("done")
+    before = timers.alias("before")
+    return select(
+        type_coerce(given.c.workflow, _RAW),
+        type_coerce(given.c.timer, _RAW),
+        type_coerce(done.c.workflow_id, _RAW).is_not(None),
+        type_coerce(before.c.workflow_id, _RAW).is_not(None),
+    ).select_from(
+        given.outerjoin(
+            done,
+            and_(
+                type_coerce(done.c.workflow_id, _RAW) == given.c.workflow,
+                type_coerce(done.c.timer_id, _RAW) == given.c.timer,
+            ),
+        ).outerjoin(before, and_(is_given(before), type_coerce(before.c.lease_token, _RAW) == given.c.token))
+    )
+
+
+def _settling(how: Settle, dialect: Name, *, moved: bool, clocked: bool) -> Delete | Update:
+    match how:
+        case "complete":
+            return delete(timers)
+        case "release":
+            values: dict[str, Any] = {"lease_token": null(), "lease_until": null()}
+            if moved:
+                values["fire_at"] = _instant(dialect, "instant")
+            return update(timers).values(values)
+        case "extend":
+            return update(timers).values(lease_until=_until(dialect, clocked=clocked))
+        case other:
+            assert_never(other)

@@ -242,6 +242,36 @@ def utc(argument: str, value: datetime, *, up: bool = True) -> datetime:
         _invalid(argument, value, "outside the years 1 to 9999 in UTC", "pass an instant between them")
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A due timer that its claimer alone may fire, until its lease runs out or somebody moves or cancels it.
+
+    Attributes:
+        timer: the timer.
+        token: the fence: only who has it settles the claim.
+        attempt: how often the timer has been claimed since it was scheduled, 1 for the first time.
+    """
+
+    timer: TimerEntry
+    token: UUID
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What became of claims that were to be settled.
+
+    Attributes:
+        done: those that were.
+        busy: those whose row another transaction has locked: try again.
+        lost: those that hold their timer no more; nothing was changed.
+    """
+
+    done: tuple[Claim, ...]
+    busy: tuple[Claim, ...]
+    lost: tuple[Claim, ...]
+
+
 # -- what the SQLite family stores ---------------------------------------------------------------------------------
 
 

@@ -184,8 +184,8 @@ def _require_free_names() -> None:
     for name in _relations():
         raise MigrationError(
             f"there is already a relation {name!r}, which no migration of this library made",
-            f"rename or drop it, or use another schema; if {TABLE!r} is this library's own table, run"
-            f" `alembic stamp {revision}`",
+            f"rename or drop it, or use another schema; if {TABLE!r} is this library's own table, run `alembic stamp`"
+            f" with its revision, {revision!r} or a later one, and `alembic check`",
         )
 
 

@@ -56,7 +56,9 @@ FOREIGN = [line["literals"] for line in lines() if not is_canonical(line)] + NOT
 
 def insert(store: Store, literals: list[str]) -> None:
     with store.connection() as connection:
-        connection.exec_driver_sql(f"INSERT INTO timers VALUES ({', '.join(literals)})")
+        connection.exec_driver_sql(
+            f"INSERT INTO timers (workflow_id, timer_id, fire_at) VALUES ({', '.join(literals)})"
+        )
 
 
 def foreign_row(store: Store) -> list[tuple[Any, ...]]:

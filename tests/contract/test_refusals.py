@@ -128,7 +128,10 @@ def test_the_database_itself_keeps_foreign_values_out_of_postgresql(store: Store
             '{"Named":"' + "x" * 1013 + '"}',
         )
     ] + [{"at": text} for text in ("infinity", "-infinity", "0001-01-01 00:00:00+00 BC", "10000-01-01 00:00:00+00")]
-    insert = "INSERT INTO timers VALUES (gen_random_uuid(), :timer, CAST(CAST(:at AS text) AS timestamptz))"
+    insert = (
+        "INSERT INTO timers (workflow_id, timer_id, fire_at)"
+        " VALUES (gen_random_uuid(), :timer, CAST(CAST(:at AS text) AS timestamptz))"
+    )
     for change in bad:
         with pytest.raises(Exception, match="ck_timers_"):
             store.sql(insert, **(good | change))

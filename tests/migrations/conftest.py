@@ -19,12 +19,14 @@ from sqlalchemy import URL, Connection, Engine, text
 from tests.conftest import Databases, open_engine
 
 ROOT = Path(__file__).parents[2]
+HEAD = "aion0002"
 P = ParamSpec("P")
 T = TypeVar("T")
 Snapshot = list[tuple[Any, ...]]
 
 POSTGRESQL_CATALOG = """
-SELECT 'relation', c.relname::text, c.relkind::text || c.relpersistence::text, c.reloptions::text FROM pg_class c
+SELECT 'relation', c.relname::text, c.relkind::text || c.relpersistence::text,
+    (SELECT string_agg(option, ' ' ORDER BY option) FROM unnest(c.reloptions) option) FROM pg_class c
 WHERE c.relnamespace = 'public'::regnamespace
 UNION ALL SELECT 'column', c.relname::text, a.attnum::text, a.attname || ' '
     || format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull || ' ' || coalesce(l.collname, '-') || ' '

@@ -70,7 +70,13 @@ def test_a_file_is_adopted_and_given_back(backend: str, name: str, open_file: Ca
     assert rows_of_others(database) == others
     adopted = database.snapshot()
     changed = {row[1] for row in set(before) ^ set(adopted)}
-    assert changed == {"idx_timers_fire_at", "aion_timers_version", "sqlite_autoindex_aion_timers_version_1"}
+    assert changed == {
+        "timers",
+        "timers_moved",
+        "idx_timers_fire_at",
+        "aion_timers_version",
+        "sqlite_autoindex_aion_timers_version_1",
+    }
 
     database.run_on_engine(migrate.downgrade)
     assert database.snapshot() == before
@@ -129,6 +135,10 @@ TEXTS = "workflow_id TEXT NOT NULL, timer_id TEXT NOT NULL, fire_at TEXT NOT NUL
         f"CREATE TABLE timers ({TEXTS}, note TEXT, tries INTEGER NOT NULL DEFAULT 0, {KEY})",
         f"CREATE TABLE timers ({TEXTS}, note TEXT NOT NULL AS (fire_at) STORED, {KEY})",
         f"CREATE TABLE timers ({TEXTS}, {KEY}); CREATE INDEX note ON timers (fire_at) WHERE timer_id > 'a'",
+        CREATE_TABLE,
+        f'CREATE TABLE "timers"({TEXTS}\t, -- the key, next\n /* of both */ {KEY}\n-- no more\n)',
+        f"CREATE TABLE [timers] ({TEXTS}, note TEXT DEFAULT ',)''é', {KEY}, CHECK (note <> '('), UNIQUE (note))",
+        f"CREATE TABLE timers ({TEXTS} -- ü, last\n, UNIQUE (fire_at,timer_id), CONSTRAINT k\n{KEY})",
     ],
 )
 def test_tables_of_the_same_shape_are_adopted(ddl: str, new_database: Callable[..., Database]) -> None:

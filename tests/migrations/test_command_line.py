@@ -16,7 +16,7 @@ from alembic.util import CommandError
 
 from aion_timers import NotMigratedError, migrate
 from tests.conftest import DATA
-from tests.migrations.conftest import ROOT, Database, alembic, in_process, start_alembic
+from tests.migrations.conftest import HEAD, ROOT, Database, alembic, in_process, start_alembic
 
 FAILED = "ERROR [alembic.util.messaging] "
 NOT_MIGRATED = "the database is not migrated; run `alembic upgrade head` or call aion_timers.migrate.upgrade(engine)\n"
@@ -32,7 +32,8 @@ def test_the_commands(backend: str, new_database: Callable[..., Database]) -> No
 
     report = alembic("upgrade", "head", url=database.url)[1]
     assert "Running upgrade  -> aion0001, Create or adopt the table timers." in report
-    assert alembic("current", url=database.url)[0] == "aion0001 (head)\n"
+    assert "Running upgrade aion0001 -> aion0002, Let a timer be leased." in report
+    assert alembic("current", url=database.url)[0] == f"{HEAD} (head)\n"
     assert alembic("check", url=database.url)[0] == "No new upgrade operations detected.\n"
     database.run(migrate.check)
 
@@ -51,8 +52,8 @@ def test_every_driver(backend: str, new_database: Callable[..., Database]) -> No
     database.run(migrate.check)
     x = [f"url={database.url.render_as_string(hide_password=False)}"]
     assert in_process(command.check, x=x) == "No new upgrade operations detected.\n"
-    assert in_process(command.current, x=x) == "aion0001 (head)\n"
-    assert "aion0001 (aion_timers) (head)" in in_process(command.history, x=x)
+    assert in_process(command.current, x=x) == f"{HEAD} (head)\n"
+    assert f"{HEAD} (aion_timers) (head)" in in_process(command.history, x=x)
     in_process(command.downgrade, "base", x=x)
     assert in_process(command.current, x=x) == ""
     assert database.snapshot() == []
@@ -158,7 +159,7 @@ def test_programs_that_migrate_an_empty_database_at_once(
     with ThreadPoolExecutor(programs) as threads:
         reports = [report for _, report in threads.map(lambda process: process.communicate(timeout=60), started)]
     assert [process.returncode for process in started] == [0] * programs, reports
-    assert sum("Running upgrade" in report for report in reports) == 1
+    assert sum("Running upgrade  ->" in report for report in reports) == 1
     database.run(migrate.check)
 
 
@@ -169,8 +170,8 @@ def test_sql_for_postgresql(new_database: Callable[..., Database]) -> None:
     database, other = new_database("psycopg"), new_database("psycopg")
     x = [f"url={database.url}"]
     upgrade = alembic("upgrade", "head", "--sql", url=database.url)[0]
-    downgrade = in_process(command.downgrade, "aion0001:base", sql=True, x=x)
-    forced = in_process(command.downgrade, "aion0001:base", sql=True, x=[*x, "force=true"])
+    downgrade = in_process(command.downgrade, f"{HEAD}:base", sql=True, x=x)
+    forced = in_process(command.downgrade, f"{HEAD}:base", sql=True, x=[*x, "force=true"])
     other.run(migrate.upgrade)
 
     with psycopg.connect(database.url.set(drivername="postgresql").render_as_string(hide_password=False)) as connection:
@@ -194,7 +195,7 @@ def test_sql_for_the_sqlite_family(new_database: Callable[..., Database], tmp_pa
     migrated = new_database("sqlite")
     script = alembic("upgrade", "head", "--sql")[0]
     with pytest.raises(CommandError, match=r"a downgrade of a SQLite file cannot be written as SQL: .*without --sql"):
-        in_process(command.downgrade, "aion0001:base", sql=True, x=[f"url={migrated.url}"])
+        in_process(command.downgrade, f"{HEAD}:base", sql=True, x=[f"url={migrated.url}"])
     migrated.run(migrate.upgrade)
 
     for backend in ("sqlite", "libsql"):

@@ -27,13 +27,13 @@ from aion_timers import (
     migrate,
 )
 from aion_timers.schema import metadata
-from tests.migrations.conftest import ROOT, Database
+from tests.migrations.conftest import HEAD, ROOT, Database
 
 BROKEN = """
 import sqlalchemy as sa
 from alembic import op
 
-revision, down_revision, branch_labels, depends_on = "aion0002", "aion0001", None, None
+revision, down_revision, branch_labels, depends_on = "aion0003", "aion0002", None, None
 
 
 def upgrade() -> None:
@@ -52,7 +52,7 @@ def broken_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     """A version of the library whose second migration fails halfway."""
     scripts = tmp_path / "scripts"
     shutil.copytree(ROOT / "migrations", scripts)
-    (scripts / "versions" / "0002_broken.py").write_text(BROKEN)
+    (scripts / "versions" / "0003_broken.py").write_text(BROKEN)
     monkeypatch.setattr(migrate, "_scripts", lambda: scripts)
     migrate._known_revisions.cache_clear()  # noqa: SLF001 - what a process has read once, it keeps
     yield
@@ -65,7 +65,7 @@ def test_up_down_and_up_again(database: Database) -> None:
 
     database.run_on_engine(migrate.upgrade)
     migrated = database.snapshot()
-    assert database.run(migrate.current) == "aion0001"
+    assert database.run(migrate.current) == HEAD
     database.run(migrate.check)
     database.run_on_engine(migrate.check)
 
@@ -104,7 +104,7 @@ def test_on_a_connection_the_caller_commits(database: Database) -> None:
     def upgrade_and_roll_back(connection: Connection) -> None:
         migrate.upgrade(connection)
         migrate.check(connection)
-        assert migrate.current(connection) == "aion0001"
+        assert migrate.current(connection) == HEAD
         connection.rollback()
 
     database.run(upgrade_and_roll_back)
@@ -156,9 +156,9 @@ def test_a_failed_migration_leaves_nothing_behind(database: Database) -> None:
     assert database.run(migrate.current) is None
     database.sql("DROP TABLE orders")
     assert database.snapshot() == before
-    database.run(migrate.upgrade, "aion0001")
-    assert database.run(migrate.current) == "aion0001"
-    with pytest.raises(NotMigratedError, match="at revision aion0001, and this version works with aion0002"):
+    database.run(migrate.upgrade, HEAD)
+    assert database.run(migrate.current) == HEAD
+    with pytest.raises(NotMigratedError, match="at revision aion0002, and this version works with aion0003"):
         database.run(migrate.check)
 
 
@@ -180,8 +180,8 @@ def test_a_failed_migration_leaves_nothing_behind_where_the_driver_is_in_its_def
 
     database.run(commit_after_the_error)
     assert database.snapshot() == []
-    database.run_on_engine(migrate.upgrade, "aion0001")
-    assert database.run(migrate.current) == "aion0001"
+    database.run_on_engine(migrate.upgrade, HEAD)
+    assert database.run(migrate.current) == HEAD
     if driver == "sqlite":
         engine.dispose()
 
@@ -396,12 +396,14 @@ def test_a_migration_of_the_host_calls_ours(database: Database, tmp_path: Path) 
     assert database.snapshot() == []
 
 
-def test_a_host_runs_ours_among_its_own(database: Database, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("needed", "versions"), [("aion0001", [HEAD, "host1"]), (HEAD, ["host1"])])
+def test_a_host_runs_ours_among_its_own(needed: str, versions: list[str], database: Database, tmp_path: Path) -> None:
     scripts = tmp_path / "host"
-    write_host(scripts, depends_on="'aion0001'", upgrade="pass", downgrade="pass")
+    write_host(scripts, depends_on=repr(needed), upgrade="pass", downgrade="pass")
     database.run(lambda connection: alembic.command.upgrade(host(connection, scripts, ours=True), "heads"))
-    assert database.sql("SELECT count(*) FROM timers") == [(0,)]
-    assert database.sql("SELECT version_num FROM alembic_version") == [("host1",)]
+    assert database.sql("SELECT count(attempts) FROM timers") == [(0,)]
+    found = database.sql("SELECT version_num FROM alembic_version ORDER BY version_num")
+    assert [version for (version,) in found] == versions
     database.run(lambda connection: alembic.command.downgrade(host(connection, scripts, ours=True), "base"))
     database.sql("DROP TABLE alembic_version")
     assert database.snapshot() == []
@@ -424,9 +426,9 @@ def test_a_schema_that_the_host_translates_to(
         tenant = connection.execution_options(schema_translate_map={None: "tenant"})
         migrate.upgrade(tenant)
         migrate.check(tenant)
-        assert migrate.current(tenant) == "aion0001"
+        assert migrate.current(tenant) == HEAD
         assert tenant.exec_driver_sql("SELECT count(*) FROM tenant.timers").scalar() == 0
-        assert tenant.exec_driver_sql("SELECT version_num FROM tenant.aion_timers_version").scalar() == "aion0001"
+        assert tenant.exec_driver_sql("SELECT version_num FROM tenant.aion_timers_version").scalar() == HEAD
         migrate.downgrade(tenant)
         with pytest.raises(NotMigratedError):
             migrate.check(tenant)
