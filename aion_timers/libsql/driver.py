@@ -135,6 +135,18 @@ class Source:
             raise translated from None
         return cast("RawConnection", raw)
 
+    def keeper(self, raw: RawConnection) -> RawCursor | None:
+        """A cursor that has to be let go after the connection, if it is a local one.
+
+        The driver closes a connection twice, the second time in memory that is freed, unless a cursor still refers to
+        it when the connection goes; then the cursor closes it, once.
+        """
+        if _REMOTE.match(self.database):
+            return None
+        cursor = raw.execute("SELECT 1")
+        cursor.fetchall()  # a result that is not read to its end would hold up a commit
+        return cursor
+
     def _why_not_opened(self, message: str) -> str:
         if not self.is_file:
             return f"{self.name} can't be opened: {message}"

@@ -66,6 +66,8 @@ class Transaction:
 
     def __init__(self, raw: RawConnection, source: Source, level: Level, timeout: float) -> None:
         self._raw: RawConnection | None = raw
+        # after it, so that it is let go after it, too
+        self._keeper = source.call(lambda: source.keeper(raw))
         self.source = source
         self.timeout = timeout
         self.abandoned = False
@@ -293,7 +295,10 @@ class Transaction:
                 self.source.call(raw.rollback)
         finally:
             self._end()
-            self.source.call(raw.close)
+            try:
+                self.source.call(raw.close)
+            finally:
+                self._keeper = None
 
     def _end(self) -> None:
         self.state = _IDLE
@@ -448,6 +453,7 @@ class Transaction:
                 raw.rollback()
             with suppress(BaseException):
                 raw.close()
+            self._keeper = None
         elif self.state in (_READING, _WRITING) and not raw.in_transaction:
             self.state = _LOST
         return failure
