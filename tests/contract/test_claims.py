@@ -11,9 +11,10 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import URL, select
+from sqlalchemy import URL, event, select
 
 from aion_timers import Claim, InvalidInputError, LeaseLost, Settlement, Timer, TimerEntry
+from tests.conftest import open_engine
 from tests.contract.test_concurrency import in_threads
 from tests.store import Store
 
@@ -335,6 +336,29 @@ def test_a_claim_waits_for_nobody_and_a_second_settles_nothing(backend: str, url
     in_threads(backend, url, work)
     with store.timers() as timers:
         assert len(timers.list_workflow(ALPHA)) == 50
+
+
+@pytest.mark.parametrize("backend", ["libsql", "sqlite"], indirect=True)
+def test_a_timer_that_is_claimed_between_being_read_and_being_leased_is_left(
+    backend: str, url: URL, store: Store
+) -> None:
+    other = Store(backend, open_engine(url), store.runner)
+    with store.timers() as timers:
+        timers.schedule_many(TimerEntry(ALPHA, name, NOW) for name in ("theirs", "ours"))
+    theirs: list[Claim] = []
+
+    def claim(_: Any, __: Any, statement: str, *___: Any) -> None:
+        if statement.startswith("UPDATE timers SET lease_token") and not theirs:
+            with other.timers() as timers:
+                theirs.extend(timers.claim(NOW, limit=1, lease=LEASE, names=["theirs"]))
+
+    event.listen(store.engine, "before_cursor_execute", claim)
+    with store.connection(isolation_level="AUTOCOMMIT") as connection:
+        claims = store.repository(connection).claim(NOW, limit=10, lease=LEASE)
+    with other.timers() as timers:
+        assert timers.complete(*theirs).done == tuple(theirs)
+    other.close()
+    assert (ids(theirs), ids(claims)) == (["theirs"], ["ours"])
 
 
 # -- the other program ------------------------------------------------------------------------------------------------
