@@ -100,6 +100,20 @@ def test_a_lease_runs_out_by_the_databases_clock(store: Store) -> None:
         assert ids(timers.claim(limit=1, lease=LEASE)) == ["a"]
 
 
+@pytest.mark.parametrize("backend", ["libsql", "psycopg", "asyncpg"], indirect=True)
+def test_a_lease_counts_from_its_own_moment_not_from_the_transactions_beginning(store: Store) -> None:
+    lease = timedelta(seconds=3)
+    with store.timers() as timers:
+        timers.schedule_many(TimerEntry(ALPHA, name, NOW) for name in ("claimed", "extended"))
+        (first,) = timers.claim(limit=1, lease=lease, names=["extended"])
+        time.sleep(1.8)
+        timers.claim(limit=1, lease=lease, names=["claimed"])
+        assert timers.extend(first, lease=lease).done == (first,)
+    time.sleep(1.5)  # longer since the beginning than a lease, and shorter since it was given
+    with store.timers() as timers:
+        assert timers.claim(limit=2, lease=lease) == []
+
+
 def test_complete_deletes_and_a_second_time_is_lost(store: Store) -> None:
     with store.timers() as timers:
         timers.schedule_many(TimerEntry(ALPHA, number, NOW) for number in range(3))
