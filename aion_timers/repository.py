@@ -262,6 +262,16 @@ def _next_wake(
         fetch *= 8
 
 
+def _clock_now(dialect: Name, _: Forget, now: datetime | None) -> Operation[datetime]:
+    if now is not None:
+        return now
+    return statements.instant_of(dialect, (yield statements.now(dialect), {}).scalar_one())
+
+
+def _adopted(dialect: Name, _: Forget) -> Operation[bool]:
+    return dialect == SQLITE and not (yield statements.key_index(), {}).all()
+
+
 def _get(dialect: Name, _: Forget, key: Key) -> Operation[TimerEntry | None]:
     found = yield from _read(dialect, statements.get(dialect), statements.key(dialect, *key))
     return found[0] if found else None
@@ -404,7 +414,7 @@ def _place(claim: Claim) -> Key:
     return claim.timer.workflow_id, claim.timer.timer_id
 
 
-_READING: Final = (_expired, _next_fire_at, _next_wake, _get, _list_workflow)
+_READING: Final = (_adopted, _clock_now, _expired, _next_fire_at, _next_wake, _get, _list_workflow)
 
 
 def _bind_for(operation: Callable[..., Operation[Any]]) -> dict[str, Any]:
@@ -563,6 +573,14 @@ class TimerRepository(_Clocked):
         """The earliest instant of all timers, due or not, or None if there is no timer."""
         return self._run(_next_fire_at)
 
+    def now(self) -> datetime:
+        """What time it is by the clock that decides: the repository's, else the database's."""
+        return self._run(_clock_now, self._now())
+
+    def adopted(self) -> bool:
+        """Whether the table is another program's, Aion's, which may have timers of its own there."""
+        return self._run(_adopted)
+
     def next_wake(self, names: Iterable[str] | None = None) -> timedelta | None:
         """How long until a timer can be claimed: zero or less if one can be now, None if there is no timer.
 
@@ -701,6 +719,14 @@ class AsyncTimerRepository(_Clocked):
     async def next_fire_at(self) -> datetime | None:
         """Like `TimerRepository.next_fire_at`."""
         return await self._run(_next_fire_at)
+
+    async def now(self) -> datetime:
+        """Like `TimerRepository.now`."""
+        return await self._run(_clock_now, self._now())
+
+    async def adopted(self) -> bool:
+        """Like `TimerRepository.adopted`."""
+        return await self._run(_adopted)
 
     async def next_wake(self, names: Iterable[str] | None = None) -> timedelta | None:
         """Like `TimerRepository.next_wake`."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, assert_never
 
@@ -45,6 +45,7 @@ from sqlalchemy import (
     null,
     or_,
     select,
+    text,
     true,
     tuple_,
     type_coerce,
@@ -261,9 +262,9 @@ def order(row: Row) -> tuple[Any, ...]:
 # -- parts of statements ----------------------------------------------------------------------------------------------
 
 
-def _sql(text: str) -> ColumnElement[Any]:
+def _sql(constant: str) -> ColumnElement[Any]:
     """A constant of ours, written out so that it is not bound again at each execution."""
-    return literal_column(text, _RAW)
+    return literal_column(constant, _RAW)
 
 
 def _workflow(dialect: Name) -> ColumnElement[Any]:
@@ -275,9 +276,9 @@ def _timer() -> ColumnElement[Any]:
 
 
 def _instant(dialect: Name, name: str) -> ColumnElement[Any]:
-    text = bindparam(name, type_=Text())
+    given = bindparam(name, type_=Text())
     # sent as text to PostgreSQL too, since asyncpg turns the first and the last datetime into infinity
-    return cast(text, _TIMESTAMP) if dialect == POSTGRESQL else text
+    return cast(given, _TIMESTAMP) if dialect == POSTGRESQL else given
 
 
 def _fetched(dialect: Name) -> list[ColumnElement[Any]]:
@@ -363,12 +364,12 @@ def _each(dialect: Name, name: str, type_: TypeEngine[Any]) -> Select[*tuple[Any
 
 
 def _has_name(dialect: Name) -> ColumnElement[bool]:
-    text = type_coerce(timers.c.timer_id, Text())
+    encoded = type_coerce(timers.c.timer_id, Text())
     # by length, of which there are few, and not by prefix: each row is compared so often
     length = _each(dialect, "lengths", BigInteger()).subquery().columns[0]
-    beginning = func.substr(text, _sql("1"), cast(length, Integer))
+    beginning = func.substr(encoded, _sql("1"), cast(length, Integer))
     begins = select(_sql("1")).where(beginning.in_(_each(dialect, "prefixes", Text()))).select_from(length.table)
-    return or_(text.in_(_each(dialect, "exact", Text())), begins.exists())
+    return or_(encoded.in_(_each(dialect, "exact", Text())), begins.exists())
 
 
 def _canonical_instant() -> ColumnElement[bool]:
@@ -523,6 +524,24 @@ def upcoming(dialect: Name, *, clocked: bool, with_names: bool) -> Select[*tuple
     if with_names:
         statement = statement.where(_has_name(dialect))
     return statement.order_by(*_ORDER).limit(_limit())
+
+
+@cache
+def now(dialect: Name) -> Select[*tuple[Any, ...]]:
+    """What time it is by the database's clock."""
+    clock = _clock(dialect)
+    return select(type_coerce(func.timezone(_sql("'UTC'"), clock) if dialect == POSTGRESQL else clock, _RAW))
+
+
+def instant_of(dialect: Name, value: Any) -> datetime:  # noqa: ANN401 - a text, or a naive datetime that means UTC
+    """The instant that a row of `now` holds."""
+    return decode_instant(value) if dialect == SQLITE else value.replace(tzinfo=UTC)
+
+
+@cache
+def key_index() -> Executable:
+    """The columns of the SQLite family's table as an index; there are none if it has rowids, as the other program's."""
+    return text("PRAGMA index_info('timers')")
 
 
 @cache

@@ -247,6 +247,15 @@ def test_next_wake_looks_past_what_is_in_flight(store: Store, clock: Clock) -> N
         assert timers.next_wake() == SECOND
 
 
+def test_the_clock_that_decides_tells_the_time(store: Store, clock: Clock) -> None:
+    with store.timers() as timers:
+        assert abs(timers.now() - datetime.now(UTC)) < 5 * SECOND
+        assert timers.now().tzinfo is UTC
+        assert timers.adopted() is False
+    with store.timers(clock=clock) as timers:
+        assert timers.now() == NOW
+
+
 # -- several at once --------------------------------------------------------------------------------------------------
 
 

@@ -131,6 +131,7 @@ def test_the_crates_own_statements_and_ours_serve_one_file(adopted: Store) -> No
     with adopted.timers() as timers:
         timers.take(LATEST, limit=1000)
         timers.schedule(alpha, "ours", now)
+        assert timers.adopted() is True
     stored = [f'"{alpha}"', '{"Named":"theirs"}', "2026-06-03T02:30:00.000000001Z"]
     with adopted.connection() as connection:
         connection.exec_driver_sql("CREATE INDEX IF NOT EXISTS idx_timers_fire_at ON timers (fire_at)")
