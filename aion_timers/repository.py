@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Iterable, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Concatenate, Final, NamedTuple, ParamSpec, TypeAlias, TypeVar, get_args
 from uuid import UUID, uuid4
 
-from sqlalchemy import Connection, CursorResult, Executable
+from sqlalchemy import Connection, CursorResult, Executable, TwoPhaseTransaction
 from sqlalchemy.orm import Session, scoped_session
 
 from aion_timers import statements
@@ -188,11 +189,12 @@ def _refuse_foreign(rows: Iterable[Row]) -> None:
 
 
 def _schedule(
-    dialect: Name, forget: Forget, timer: TimerEntry, if_exists: IfExists, now: datetime | None
+    dialect: Name, forget: Forget, timer: TimerEntry, if_exists: IfExists, now: datetime | None, *, notify: bool = True
 ) -> Operation[bool]:
     parameters = {**statements.entry(dialect, timer), **statements.at(now)}
-    result = yield statements.schedule(dialect, if_exists, clocked=now is not None), parameters
+    result = yield statements.schedule(dialect, if_exists, clocked=now is not None, notify=notify), parameters
     changed = result.rowcount > 0
+    result.close()  # with what tells the listeners it has a row
     if not changed and dialect == SQLITE:
         parameters = statements.entries(dialect, [timer], if_exists)
         _refuse_foreign((yield statements.foreign_among(), parameters))
@@ -201,15 +203,22 @@ def _schedule(
 
 
 def _schedule_many(
-    dialect: Name, forget: Forget, entries: Iterable[TimerEntry], if_exists: IfExists, now: datetime | None
+    dialect: Name,
+    forget: Forget,
+    entries: Iterable[TimerEntry],
+    if_exists: IfExists,
+    now: datetime | None,
+    *,
+    notify: bool = True,
 ) -> Operation[int]:
     changed = 0
     source = iter(entries)
     while chunk := list(islice(source, _CHUNK)):
         parameters = {**statements.entries(dialect, chunk, if_exists), **statements.at(now)}
-        result = yield statements.schedule_many(dialect, if_exists, clocked=now is not None), parameters
-        changed += result.rowcount
-        if dialect == SQLITE and result.rowcount < len(chunk):
+        result = yield statements.schedule_many(dialect, if_exists, clocked=now is not None, notify=notify), parameters
+        written = result.scalar_one() if result.returns_rows else result.rowcount
+        changed += written
+        if dialect == SQLITE and written < len(chunk):
             _refuse_foreign((yield statements.foreign_among(), parameters))
         forget((timer.workflow_id, timer.timer_id) for timer in chunk)
     return changed
@@ -422,6 +431,20 @@ def _bind_for(operation: Callable[..., Operation[Any]]) -> dict[str, Any]:
     return {"mapper": Timer} if operation in _READING else {"mapper": Timer, "clause": statements.lock()}
 
 
+_SCHEDULING: Final = (_schedule, _schedule_many)
+
+
+def _allowed(
+    operation: Callable[Concatenate[Name, Forget, P], Operation[T]], connection: Connection, *, notify: bool
+) -> Callable[Concatenate[Name, Forget, P], Operation[T]]:
+    """The operation as it is, or one that does not notify, where that is not wanted or not possible."""
+    # PREPARE TRANSACTION refuses a transaction that has notified
+    if operation in _SCHEDULING and not (notify and not isinstance(connection.get_transaction(), TwoPhaseTransaction)):
+        quiet: Any = partial(operation, notify=False)
+        return quiet  # type: ignore[no-any-return] # it takes what the operation takes
+    return operation
+
+
 # -- repositories -----------------------------------------------------------------------------------------------------
 
 
@@ -430,6 +453,7 @@ class _Clocked:
 
     _bind: Any
     _clock: Clock | None
+    _notify: bool
 
     def _as_of(self, as_of: datetime | None) -> datetime | None:
         return self._now() if as_of is None else utc("as_of", as_of, up=False)
@@ -468,6 +492,9 @@ class TimerRepository(_Clocked):
     Args:
         bind: the Session, scoped_session or Connection.
         clock: tells the current instant as an aware datetime. By default the database's clock decides.
+        notify: whether a timer that is scheduled before all others wakes sleeping workers on PostgreSQL. It never does
+            in a two-phase or a serializable transaction. Pass False where you prepare transactions by statements of
+            your own, since PREPARE TRANSACTION refuses one that has notified.
 
     Every method raises:
         InvalidInputError: an argument cannot be stored or asked for; nothing was changed, unless it was an entry that
@@ -478,11 +505,14 @@ class TimerRepository(_Clocked):
             a transaction, such as a lost connection or a deadlock, are SQLAlchemy's own.
     """
 
-    def __init__(self, bind: Session | scoped_session[Any] | Connection, *, clock: Clock | None = None) -> None:
+    def __init__(
+        self, bind: Session | scoped_session[Any] | Connection, *, clock: Clock | None = None, notify: bool = True
+    ) -> None:
         if not isinstance(bind, Session | scoped_session | Connection):
             raise UnsupportedBindError(f"TimerRepository does not take {_article(bind)}", _cure(bind, "Async"))
         self._bind = bind
         self._clock = _checked_clock(clock)
+        self._notify = notify
 
     def _run(
         self, operation: Callable[Concatenate[Name, Forget, P], Operation[T]], *args: P.args, **kwargs: P.kwargs
@@ -491,6 +521,7 @@ class TimerRepository(_Clocked):
         with connecting():
             connection = bind if isinstance(bind, Connection) else bind.connection(bind_arguments=_bind_for(operation))
             require_dependable(connection)
+        operation = _allowed(operation, connection, notify=self._notify)
         steps = operation(statements.dialect_name(connection.dialect), self._forget, *args, **kwargs)
         try:
             statement, parameters = next(steps)
@@ -656,12 +687,17 @@ class AsyncTimerRepository(_Clocked):
     """Like `TimerRepository`, for an AsyncSession, an async_scoped_session or an AsyncConnection."""
 
     def __init__(
-        self, bind: AsyncSession | async_scoped_session[Any] | AsyncConnection, *, clock: Clock | None = None
+        self,
+        bind: AsyncSession | async_scoped_session[Any] | AsyncConnection,
+        *,
+        clock: Clock | None = None,
+        notify: bool = True,
     ) -> None:
         if not isinstance(bind, _async_binds()):
             raise UnsupportedBindError(f"AsyncTimerRepository does not take {_article(bind)}", _cure(bind, ""))
         self._bind = bind
         self._clock = _checked_clock(clock)
+        self._notify = notify
 
     async def _run(
         self, operation: Callable[Concatenate[Name, Forget, P], Operation[T]], *args: P.args, **kwargs: P.kwargs
@@ -672,6 +708,7 @@ class AsyncTimerRepository(_Clocked):
                 await bind.connection(bind_arguments=_bind_for(operation)) if hasattr(bind, "identity_map") else bind
             )
             await connection.run_sync(require_dependable)
+        operation = _allowed(operation, _sync(connection), notify=self._notify)
         steps = operation(statements.dialect_name(connection.dialect), self._forget, *args, **kwargs)
         try:
             statement, parameters = next(steps)
@@ -777,6 +814,12 @@ def _async_binds() -> tuple[type, ...]:
             "AsyncTimerRepository needs greenlet, which is not installed", "pip install 'aion-timers[asyncio]'"
         ) from error
     return AsyncSession, async_scoped_session, AsyncConnection
+
+
+def _sync(connection: AsyncConnection) -> Connection:
+    sync = connection.sync_connection
+    assert sync is not None  # noqa: S101 - it has been used
+    return sync
 
 
 def _article(bind: object) -> str:

@@ -36,6 +36,7 @@ from sqlalchemy import (
     Update,
     and_,
     bindparam,
+    case,
     cast,
     delete,
     false,
@@ -91,6 +92,8 @@ _ORDER: Final = (timers.c.fire_at, *_KEY)
 _EARLIEST: Final = "0001-01-01T00:00:00.000000000Z"
 _RAW: Final = NullType()
 _TIMESTAMP: Final = postgresql.TIMESTAMP(timezone=True)
+_CHANNEL: Final = "aion_timers_"
+_LOOKED_AT: Final = 64
 _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -421,22 +424,75 @@ def _insert(dialect: Name) -> sqlite.Insert | postgresql.Insert:
 # -- statements -------------------------------------------------------------------------------------------------------
 
 
+_TABLE: Final = _sql("timers.tableoid")
+
+
 @cache
-def schedule(dialect: Name, if_exists: IfExists, *, clocked: bool = False) -> Insert:
-    """Insert the timer of `entry`, or change the one with its key; the row count says whether the row changed."""
+def schedule(dialect: Name, if_exists: IfExists, *, clocked: bool = False, notify: bool = False) -> Executable:
+    """Insert the timer of `entry`, or change the one with its key; the row count says whether the row changed.
+
+    With ``notify``, PostgreSQL tells its listeners if the timer comes before all others that nobody holds.
+    """
     insert = _insert(dialect).values(
         workflow_id=_workflow(dialect), timer_id=_timer(), fire_at=_instant(dialect, "instant")
     )
-    return _upsert(dialect, if_exists, insert, clocked=clocked)
+    upsert = _upsert(dialect, if_exists, insert, clocked=clocked)
+    if notify and dialect == POSTGRESQL:
+        return upsert.returning(_tell(timers.c.fire_at, _TABLE, clocked=clocked))
+    return upsert
 
 
 @cache
-def schedule_many(dialect: Name, if_exists: IfExists, *, clocked: bool = False) -> Insert:
-    """Like `schedule`, for the timers of `entries`."""
+def schedule_many(dialect: Name, if_exists: IfExists, *, clocked: bool = False, notify: bool = False) -> Executable:
+    """Like `schedule`, for the timers of `entries`.
+
+    With ``notify``, PostgreSQL tells its listeners once or not at all, and says in a row how many rows changed.
+    """
     # on the SQLite family all or nothing: a row that cannot be moved stops its whole chunk
     source = _given_rows().where(not_(_foreign_among().exists())) if dialect == SQLITE else _given_arrays()
     insert = _insert(dialect).from_select(["workflow_id", "timer_id", "fire_at"], source, include_defaults=False)
-    return _upsert(dialect, if_exists, insert, clocked=clocked)
+    upsert = _upsert(dialect, if_exists, insert, clocked=clocked)
+    if notify and dialect == POSTGRESQL:
+        changed = upsert.returning(timers.c.fire_at, _TABLE.label("of")).cte("changed")
+        told = _tell(func.min(changed.c.fire_at), func.max(changed.c.of), clocked=clocked)
+        return select(func.count(), told).select_from(changed)
+    return upsert
+
+
+def _tell(instant: ColumnElement[Any], table: ColumnElement[Any], *, clocked: bool) -> ColumnElement[Any]:
+    """Notify the listeners of a table, if the instant comes before all timers of it that nobody holds."""
+    # the table as it was before the statement: what an upsert writes is seen in its RETURNING alone
+    head = (
+        select(
+            type_coerce(timers.c.fire_at, _RAW).label("fire_at"), type_coerce(timers.c.lease_until, _RAW).label("until")
+        )
+        .order_by(timers.c.fire_at)
+        .limit(_sql(str(_LOOKED_AT)))
+        .subquery("head")
+    )
+    free = or_(head.c.until.is_(None), head.c.until <= _now(POSTGRESQL, clocked=clocked))
+    first = select(head.c.fire_at).where(free).order_by(head.c.fire_at).limit(_sql("1")).scalar_subquery()
+    # where so many are in flight that no free one was found, the others are left to workers, who are about
+    last = (
+        select(type_coerce(timers.c.fire_at, _RAW))
+        .order_by(timers.c.fire_at)
+        .offset(_sql(str(_LOOKED_AT - 1)))
+        .limit(_sql("1"))
+        .scalar_subquery()
+    )
+    # by its oid, which tells the tables of two schemas apart, whatever the statement calls them
+    channel = _sql(f"'{_CHANNEL}'").concat(cast(table, Text))
+    serializable = func.current_setting(_sql("'transaction_isolation'"), type_=_RAW) == _sql("'serializable'")
+    # nothing is evaluated after a WHEN that holds, so at SERIALIZABLE the index is not read: two transactions that
+    # schedule quite different timers would be in conflict
+    return case(
+        (serializable, null()),
+        (
+            type_coerce(instant, _RAW) < func.coalesce(first, last, _sql("'infinity'")),
+            cast(func.pg_notify(channel, _sql("''"), type_=_RAW), Text),
+        ),
+        else_=null(),
+    )
 
 
 def _rows_given() -> list[ColumnElement[Any]]:

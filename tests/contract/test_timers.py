@@ -425,7 +425,7 @@ def test_a_generator_is_written_as_it_goes(store: Store) -> None:
     written: list[int] = []
 
     def note(_: Any, __: Any, statement: str, *___: Any) -> None:
-        inserts.extend([statement] if statement.startswith("INSERT") else [])
+        inserts.extend([statement] if "INSERT INTO" in statement else [])
 
     def entries() -> Iterator[TimerEntry]:
         for number in range(3000):
