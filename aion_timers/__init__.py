@@ -5,6 +5,7 @@ else.
 """
 
 from aion_timers import libsql
+from aion_timers.dispatcher import AsyncDelivery, AsyncDispatcher, Backoff, Delivery, Dispatcher
 from aion_timers.engine import prepare_sqlite
 from aion_timers.errors import (
     DowngradeRefusedError,
@@ -25,8 +26,13 @@ from aion_timers.statements import IfExists
 from aion_timers.values import Claim, Settlement, TimerEntry, TimerId
 
 __all__ = [
+    "AsyncDelivery",
+    "AsyncDispatcher",
     "AsyncTimerRepository",
+    "Backoff",
     "Claim",
+    "Delivery",
+    "Dispatcher",
     "DowngradeRefusedError",
     "ForeignRowError",
     "IfExists",

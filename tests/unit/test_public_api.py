@@ -12,7 +12,11 @@ import pytest
 
 import aion_timers
 from aion_timers import (
+    AsyncDelivery,
+    AsyncDispatcher,
     AsyncTimerRepository,
+    Delivery,
+    Dispatcher,
     ForeignRowError,
     InvalidInputError,
     NotMigratedError,
@@ -23,7 +27,18 @@ from aion_timers import (
 
 
 def test_all_lists_every_public_name_in_order() -> None:
-    submodules = {"engine", "errors", "libsql", "migrate", "repository", "schema", "statements", "values"}
+    submodules = {
+        "dispatcher",
+        "engine",
+        "errors",
+        "libsql",
+        "migrate",
+        "repository",
+        "schema",
+        "statements",
+        "values",
+        "wakeup",
+    }
     public = {name for name in vars(aion_timers) if not name.startswith("_")} - submodules
     assert sorted(aion_timers.__all__) == list(aion_timers.__all__) == sorted(public)
 
@@ -41,6 +56,19 @@ def test_sync_and_async_differ_by_the_word_await() -> None:
     assert all(
         inspect.iscoroutinefunction(getattr(AsyncTimerRepository, name)) for name in surface(AsyncTimerRepository)
     )
+
+
+def test_the_dispatchers_and_their_deliveries_differ_by_the_word_await() -> None:
+    for plain, awaited, methods in (
+        (Dispatcher, AsyncDispatcher, {"run", "run_due", "stop"}),
+        (Delivery, AsyncDelivery, {"extend", "transaction"}),
+    ):
+        assert set(surface(plain)) == set(surface(awaited)) == methods
+    plain_options, awaited_options = (
+        {name: (option.kind, option.default) for name, option in inspect.signature(cls).parameters.items()}
+        for cls in (Dispatcher, AsyncDispatcher)
+    )
+    assert plain_options == awaited_options
 
 
 def test_every_error_of_ours_has_one_base() -> None:

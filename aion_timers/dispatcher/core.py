@@ -1,0 +1,746 @@
+"""What the thread loop and the task loop share: settings, handlers by name, and the books of what is in flight.
+
+Nothing here waits or talks to a database. What happens in one transaction is a generator that yields calls of the
+repository and is sent their results, so that the two loops differ in how they call, which is to say by ``await``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import threading
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
+
+from sqlalchemy import Engine, delete
+from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.pool import Pool, QueuePool, SingletonThreadPool, StaticPool
+
+from aion_timers.dispatcher import pacing
+from aion_timers.dispatcher.pacing import Backoff
+from aion_timers.errors import InvalidInputError, LeaseLost, UnsupportedBindError, shown
+from aion_timers.schema import Timer
+from aion_timers.values import Claim, Settlement, TimerEntry, TimerId
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from aion_timers.repository import Clock
+
+T = TypeVar("T")
+D = TypeVar("D", bound="InFlight")
+D_co = TypeVar("D_co", bound="InFlight", covariant=True)
+Retry: TypeAlias = Callable[[Any, BaseException], timedelta | None]
+
+OWN_CONNECTIONS: Final = 2
+"""Connections of the pool that a dispatcher needs beside those of its handlers: for claims, and for leases."""
+
+_LONGEST_LEASE: Final = timedelta(days=366)
+_CLOCK_IS_FRESH: Final = 1.0
+_BUSY_PAUSE: Final = 0.02
+_SPARED: Final = 6
+_SHOWN: Final = 5
+# in a row, until a single round lets its caller know
+_MOST_FAILURES: Final = 5
+
+_log = logging.getLogger("aion_timers.dispatcher")
+
+
+# -- settings ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a dispatcher was told, checked.
+
+    Raises:
+        InvalidInputError: a value is out of range, or two of them cannot work together.
+    """
+
+    concurrency: int
+    batch: int
+    lease: timedelta
+    retry: Retry
+    max_sleep: timedelta
+    clock: Clock | None
+
+    def __post_init__(self) -> None:
+        _whole("concurrency", self.concurrency, "so many handlers run at once")
+        _whole("batch", self.batch, "so many timers are claimed at once, at most")
+        _length("lease", self.lease)
+        if self.lease < pacing.SHORTEST_TICK * pacing.TICKS:
+            raise InvalidInputError(
+                "lease",
+                self.lease,
+                f"too short to be extended {pacing.TICKS} times before it runs out, "
+                f"{pacing.SHORTEST_TICK.total_seconds():g} s apart",
+                f"pass {pacing.SHORTEST_TICK * pacing.TICKS} or more; 30 to 60 seconds are usual",
+            )
+        if self.lease > _LONGEST_LEASE:
+            raise InvalidInputError(
+                "lease", self.lease, "longer than a year", "leases are extended while handlers run: pass 30 seconds"
+            )
+        _length("max_sleep", self.max_sleep)
+        if not callable(self.retry):
+            raise InvalidInputError(
+                "retry", self.retry, "not callable", "pass a function of (delivery, error), or a Backoff"
+            )
+        if self.clock is not None and not callable(self.clock):
+            raise InvalidInputError(
+                "clock", self.clock, "not callable", "pass a function, as in lambda: datetime.now(UTC)"
+            )
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        concurrency: int,
+        batch: int | None,
+        lease: timedelta,
+        retry: Retry | None,
+        max_sleep: timedelta,
+        clock: Clock | None,
+    ) -> Settings:
+        """The settings, with what was left out filled in."""
+        if batch is None:
+            batch = max(pacing.DEFAULT_BATCH, concurrency if isinstance(concurrency, int) else 0)
+        return cls(concurrency, batch, lease, Backoff() if retry is None else retry, max_sleep, clock)
+
+
+def _whole(argument: str, value: object, meaning: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidInputError(argument, value, "no number to work with", f"pass an int from 1 on: {meaning}")
+
+
+def _length(argument: str, value: object) -> None:
+    if not isinstance(value, timedelta) or value <= timedelta(0):
+        raise InvalidInputError(
+            argument, value, "no length of time", "pass a timedelta above zero, as in timedelta(seconds=1)"
+        )
+
+
+def engine_of(session: Session) -> Engine:
+    """The engine on which a session of the caller's keeps its timers.
+
+    Raises:
+        InvalidInputError: it has none, or only a connection.
+    """
+    cure = "bind the sessionmaker to an engine, as in sessionmaker(engine) or sessionmaker(binds={Timer: engine})"
+    try:
+        # asked as for a write, since a session may send reads to another server
+        bind = session.get_bind(mapper=Timer.__mapper__, clause=delete(Timer))
+    except UnboundExecutionError as error:
+        raise InvalidInputError("sessions", session, "the sessionmaker has no engine for timers", cure) from error
+    if not isinstance(bind, Engine):
+        raise InvalidInputError("sessions", bind, "the sessionmaker is bound to one connection", cure)
+    return bind
+
+
+def check_pool(pool: Pool, concurrency: int) -> None:
+    """Refuse a pool whose connections would not suffice, or are not separate ones.
+
+    Raises:
+        InvalidInputError: of ``concurrency``, or of ``sessions``.
+    """
+    if isinstance(pool, StaticPool | SingletonThreadPool):
+        raise InvalidInputError(
+            "sessions",
+            pool,
+            "the engine has a single connection, or a database in memory for each thread",
+            "use a file, or a pool of several connections",
+        )
+    if not isinstance(pool, QueuePool):
+        return
+    overflow: int = pool._max_overflow  # noqa: SLF001 - no public attribute tells
+    most, need = pool.size() + overflow, concurrency + OWN_CONNECTIONS
+    if pool.size() > 0 and overflow >= 0 and most < need:
+        raise InvalidInputError(
+            "concurrency",
+            concurrency,
+            f"the engine's pool gives {most} connections, and {need} are needed: one a handler, and "
+            f"{OWN_CONNECTIONS} for claims and leases",
+            f"make the engine with pool_size={need} or more, or lower concurrency",
+        )
+
+
+# -- handlers ---------------------------------------------------------------------------------------------------------
+
+
+class Routes:
+    """Which handler fires which timer.
+
+    Args:
+        handlers: one for every timer, or a mapping from names, or beginnings of names followed by ``*``.
+        is_async: whether the handlers have to be coroutine functions, or must not.
+
+    Raises:
+        InvalidInputError: there is none, or one is not of the kind that this dispatcher calls.
+    """
+
+    def __init__(self, handlers: object, *, is_async: bool) -> None:
+        self.names: Sequence[str] | None = None
+        self._exact: dict[str, Callable[[Any], Any]] = {}
+        self._prefixes: list[tuple[str, Callable[[Any], Any]]] = []
+        self._every: Callable[[Any], Any] | None = None
+        if isinstance(handlers, Mapping):
+            for name, handler in handlers.items():
+                checked = _handler(handler, is_async=is_async)
+                if TimerId.named(name).value.endswith("*"):  # type: ignore[union-attr] # a named id's value is its name
+                    self._prefixes.append((name[:-1], checked))
+                else:
+                    self._exact[name] = checked
+            if not handlers:
+                raise InvalidInputError("handlers", handlers, "no handler", "name at least one timer")
+            self._prefixes.sort(key=lambda pair: len(pair[0]), reverse=True)
+            self.names = list(handlers)
+        else:
+            self._every = _handler(handlers, is_async=is_async)
+
+    def find(self, timer: TimerEntry) -> Callable[[Any], Any] | None:
+        """The handler of an exact name, else of the longest beginning."""
+        name = timer.timer_id.value
+        if self._every is not None or not isinstance(name, str):
+            return self._every
+        if (exact := self._exact.get(name)) is not None:
+            return exact
+        return next((handler for prefix, handler in self._prefixes if name.startswith(prefix)), None)
+
+
+def _handler(handler: object, *, is_async: bool) -> Callable[[Any], Any]:
+    if not callable(handler):
+        raise InvalidInputError(
+            "handlers", handler, "not callable", "pass a function of one delivery, or a mapping from names to functions"
+        )
+    # an object with an async __call__ is called like a coroutine function
+    found = inspect.iscoroutinefunction(handler) or inspect.iscoroutinefunction(getattr(handler, "__call__", None))  # noqa: B004 - not whether, but of which kind
+    if found and not is_async:
+        raise InvalidInputError("handlers", handler, "a coroutine function", "use AsyncDispatcher, or a plain function")
+    if not found and is_async:
+        raise InvalidInputError(
+            "handlers",
+            handler,
+            "not a coroutine function, so it would hold up the event loop",
+            "write it as `async def`, or use Dispatcher",
+        )
+    return handler
+
+
+def refuse_adopted() -> None:
+    """Refuse a single handler on a table that the other program made."""
+    raise UnsupportedBindError(
+        "another program made this table, and a single handler would fire, and delete, that program's timers, too",
+        'pass a mapping with the names of your own timers, as in Dispatcher(sessions, {"reminder": handler})',
+    )
+
+
+# -- deliveries -------------------------------------------------------------------------------------------------------
+
+
+class InFlight:
+    """A timer that is being fired, as both kinds of deliveries know it."""
+
+    def __init__(self, claim: Claim, late_by: timedelta, until: float) -> None:
+        self.claim = claim
+        self._late_by = late_by
+        self.until = until
+        """When the lease runs out, on the monotonic clock, as far as is known."""
+        self.locked = False
+        """Whether a transaction of the handler has the row locked, so that nobody can take it."""
+        self.settled = False
+        """Whether a transaction of the handler has settled it."""
+        self.taken = False
+        """Whether the database has said that the claim holds the timer no more."""
+
+    @property
+    def timer(self) -> TimerEntry:
+        """The timer that fires."""
+        return self.claim.timer
+
+    @property
+    def attempt(self) -> int:
+        """How often the timer has been claimed since it was scheduled, 1 for the first time."""
+        return self.claim.attempt
+
+    @property
+    def late_by(self) -> timedelta:
+        """How long after its ``fire_at`` the timer was claimed, by the clock that decides."""
+        return self._late_by
+
+    @property
+    def lost(self) -> bool:
+        """Whether somebody else may fire the timer now: it was moved or cancelled, or its lease could not be extended.
+
+        A long handler looks at it from time to time, and ends without further effects. Inside the delivery's own
+        transaction nothing can be lost.
+        """
+        if self.settled or self.locked:
+            return False
+        return self.taken or time.monotonic() >= self.until
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.timer.workflow_id} {self.timer.timer_id} attempt {self.attempt}>"
+
+
+def require_held(delivery: InFlight) -> None:
+    """Refuse a delivery whose transaction is open already, or that is settled or lost.
+
+    Raises:
+        InvalidInputError: its transaction is open.
+        LeaseLost: there is nothing to hold any more.
+    """
+    if delivery.locked:
+        raise InvalidInputError(
+            "delivery", delivery, "its transaction is open already", "use the session that transaction() gave"
+        )
+    if delivery.settled or delivery.taken:
+        raise LeaseLost(delivery.claim)
+
+
+def _extra(delivery: InFlight, **more: object) -> dict[str, object]:
+    fields = {
+        "workflow_id": str(delivery.timer.workflow_id),
+        "timer_id": shown(delivery.timer.timer_id.value),
+        "attempt": delivery.attempt,
+        **more,
+    }
+    return {f"aion_{name}": value for name, value in fields.items()}
+
+
+# -- what is done in one transaction ----------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """A method of the repository, to be called."""
+
+    method: str
+    args: tuple[Any, ...] = ()
+    options: Mapping[str, Any] = {}
+
+
+Calls: TypeAlias = Generator[Call, Any, T]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome(Generic[D]):
+    """What is to become of a claim: deleted, or given back to be due as before or after a while."""
+
+    delivery: D
+    fate: Literal["complete", "release"]
+    delay: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Turn(Generic[D]):
+    """What a transaction has changed, once it is committed."""
+
+    settled: Sequence[Outcome[D]]
+    settlements: Sequence[Settlement]
+    claims: Sequence[Claim]
+    limit: int
+    started: float
+    ended: float
+    asked: bool
+    wake: timedelta | None
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """What a loop does next.
+
+    Attributes:
+        kind: a ``turn`` at the database, a ``wait``, or nothing any more.
+        limit: in a turn, how many timers are claimed.
+        look: in a turn, whether only the next instant is asked for.
+        seconds: how long to wait, if nothing rings.
+    """
+
+    kind: Literal["turn", "wait", "done"]
+    limit: int = 0
+    look: bool = False
+    seconds: float = 0.0
+
+
+class Waiting(Protocol[D_co]):
+    """A queue of deliveries that no handler has started on."""
+
+    def qsize(self) -> int:
+        """How many there are."""
+
+    def get_nowait(self) -> D_co | None:
+        """The first one."""
+
+
+class Books(Generic[D]):
+    """What a dispatcher holds, what it has to tell the database, and when it asks next.
+
+    Workers append outcomes and note beginnings and ends; all else is done by the loop, and the leases' keeper reads.
+
+    Args:
+        settings: the dispatcher's.
+        routes: its handlers.
+        make: makes a delivery of a claim, how late it is, and when its lease runs out.
+        waiting: the queue that workers take from.
+        nothing: the exception by which the queue says that it is empty.
+        is_sqlite: whether the database is of the SQLite family.
+        once: whether only what is due at the beginning is fired.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        routes: Routes,
+        make: Callable[[Claim, timedelta, float], D],
+        *,
+        waiting: Waiting[D],
+        nothing: type[Exception],
+        is_sqlite: bool,
+        once: bool,
+    ) -> None:
+        self.settings = settings
+        self.routes = routes
+        self.handled = 0
+        self.stopping = False
+        self.hint = False
+        self.error: BaseException | None = None
+        self.once = once
+        self._make = make
+        self._waiting = waiting
+        self._nothing = nothing
+        self._is_sqlite = is_sqlite
+        self._lock = threading.Lock()
+        self._held: dict[Claim, D] = {}
+        self._outcomes: list[Outcome[D]] = []
+        self._typical: float | None = None
+        self._now: datetime | None = None
+        self._now_at = 0.0
+        self._as_of: datetime | None = None
+        self._exhausted = False
+        self._empty = 0
+        self._low = 0
+        # when a claim is worth while (certain), or worth a question
+        self._ask_at = 0.0
+        self._certain = True
+        self._busy_until = 0.0
+        self._failures = 0
+        self._pause_until = 0.0
+        self._stopped_at: float | None = None
+        self._last_start = 0.0
+
+    # -- by workers
+
+    def begin(self, delivery: D) -> float | None:
+        """A handler is about to start: when, or None if it must not, since others may have the timer by now."""
+        self._last_start = time.monotonic()
+        if not delivery.lost:
+            return self._last_start
+        with self._lock:
+            self._outcomes.append(Outcome(delivery, "release"))
+        return None
+
+    def end(self, delivery: D, error: BaseException | None, started: float) -> bool:
+        """A handler has ended; whether the loop should look."""
+        outcome = self._judge(delivery, error)
+        with self._lock:
+            self.handled += 1
+            self._typical = pacing.typical_run(self._typical, time.monotonic() - started)
+            if outcome is None:
+                self._held.pop(delivery.claim, None)
+            else:
+                self._outcomes.append(outcome)
+            return self._waiting.qsize() <= self._low
+
+    def interrupted(self, delivery: D) -> None:
+        """A handler was cancelled, together with the whole dispatcher."""
+        with self._lock:
+            if delivery.settled:
+                self._held.pop(delivery.claim, None)
+            else:
+                self._outcomes.append(Outcome(delivery, "release"))
+
+    def _judge(self, delivery: D, error: BaseException | None) -> Outcome[D] | None:
+        if error is None:
+            return None if delivery.settled else Outcome(delivery, "complete")
+        if isinstance(error, LeaseLost) and error.claim == delivery.claim:
+            _log.info("left to others, since its lease is lost: %r", delivery, extra=_extra(delivery))
+            return None
+        if delivery.settled:
+            _log.error(
+                "handler failed after its transaction was committed, so it is not tried again: %r",
+                delivery,
+                exc_info=error,
+                extra=_extra(delivery),
+            )
+            return None
+        delay = self._delay(delivery, error)
+        if delay is None:
+            _log.error("gave up, and deletes: %r", delivery, exc_info=error, extra=_extra(delivery))
+            return Outcome(delivery, "complete")
+        _log.warning(
+            "handler failed, and is tried again in %s: %r",
+            delay,
+            delivery,
+            exc_info=error,
+            extra=_extra(delivery, retry_in=delay.total_seconds()),
+        )
+        return Outcome(delivery, "release", delay)
+
+    def _delay(self, delivery: D, error: BaseException) -> timedelta | None:
+        try:
+            delay = self.settings.retry(delivery, error)
+            if delay is None or (isinstance(delay, timedelta) and delay >= timedelta(0)):
+                return delay
+        except Exception:  # noqa: BLE001 - the default is as good
+            _log.exception("retry failed, so the default decides: %r", delivery, extra=_extra(delivery))
+        else:
+            _log.error("retry gave %s, so the default decides: %r", shown(delay), delivery, extra=_extra(delivery))
+        return Backoff()(delivery, error)
+
+    # -- by the loop
+
+    def next_move(self) -> Move:
+        """What to do now."""
+        now = time.monotonic()
+        if self.stopping and self._stopped_at is None:
+            self._stopped_at = now
+        in_vain = self.stopping or (not self.once and pacing.stuck(now - self._last_start))
+        if in_vain and self._waiting.qsize():
+            self._give_back()
+        ending = self.stopping or self._exhausted
+        if ending and not self._held:
+            return Move("done")
+        if self._pause_until > now:
+            if self._stopped_at is not None and now - self._stopped_at > self.settings.lease.total_seconds():
+                self._abandon()
+            return Move("wait", seconds=min(self._pause_until - now, self._longest()))
+        limit = 0 if ending else self._room()
+        return self._next_turn(now, limit) or self._next_wait(now, limit)
+
+    def _next_turn(self, now: float, limit: int) -> Move | None:
+        due = now >= self._ask_at
+        if limit and ((due and self._certain) or (self.hint and not self._is_sqlite)):
+            return Move("turn", limit)
+        if self._outcomes and now >= self._busy_until:
+            return Move("turn")
+        # on a file a hint may be any commit, our own too, and a question takes no lock
+        return Move("turn", look=True) if limit and (due or self.hint) else None
+
+    def _next_wait(self, now: float, limit: int) -> Move:
+        ends = [now + self._longest()]
+        if limit:
+            ends.append(self._ask_at)
+        if self._outcomes:
+            ends.append(self._busy_until)
+        if self._waiting.qsize():
+            ends.append(now + pacing.STUCK_CHECK)
+        return Move("wait", seconds=max(0.0, min(ends) - now))
+
+    def _longest(self) -> float:
+        return self.settings.max_sleep.total_seconds()
+
+    def _room(self) -> int:
+        with self._lock:
+            busy = len(self._held) - len(self._outcomes)
+        settings = self.settings
+        return pacing.room(concurrency=settings.concurrency, batch=settings.batch, busy=busy, typical=self._typical)
+
+    def _give_back(self) -> None:
+        given = []
+        try:
+            while True:
+                if (delivery := self._waiting.get_nowait()) is not None:
+                    given.append(Outcome(delivery, "release"))
+        except self._nothing:
+            pass
+        with self._lock:
+            self._outcomes += given
+            # how quick handlers were is no measure now
+            self._typical = None
+
+    def _abandon(self) -> None:
+        """Forget what the database could not be told for the length of a lease; the leases have run out by then."""
+        with self._lock:
+            given, self._outcomes = self._outcomes, []
+            for outcome in given:
+                self._held.pop(outcome.delivery.claim, None)
+        if given:
+            _log.error("stopped without settling %d timers, which will be fired again", len(given))
+
+    def turn(self, move: Move) -> Calls[Turn[D]]:
+        """One transaction: settle what has ended, claim what is due, and ask when to come again."""
+        self.hint = False if move.limit or move.look else self.hint
+        started = time.monotonic()
+        if move.look:
+            wake = yield Call("next_wake", (self.routes.names,))
+            return Turn((), (), (), 0, started, time.monotonic(), asked=True, wake=wake)
+        yield from self._look_at_clock()
+        with self._lock:
+            outcomes = tuple(self._outcomes)
+        settlements = yield from self._settle(outcomes)
+        claims: Sequence[Claim] = ()
+        asked, wake = False, None
+        if move.limit:
+            options = {"limit": move.limit, "lease": self.settings.lease, "names": self.routes.names}
+            started = time.monotonic()
+            claims = yield Call("claim", (self._as_of,), options)
+            asked = len(claims) < move.limit and not self.once
+            if asked:
+                wake = yield Call("next_wake", (self.routes.names,))
+        return Turn(outcomes, settlements, claims, move.limit, started, time.monotonic(), asked=asked, wake=wake)
+
+    def _look_at_clock(self) -> Calls[None]:
+        if self._now is None or time.monotonic() - self._now_at > _CLOCK_IS_FRESH or self.settings.clock is not None:
+            self._now = yield Call("now")
+            self._now_at = time.monotonic()
+        if self.once and self._as_of is None:
+            self._as_of = self._now
+
+    def _clock(self) -> datetime:
+        now = self._now or datetime.now(UTC)
+        return now if self.settings.clock else now + timedelta(seconds=time.monotonic() - self._now_at)
+
+    def _settle(self, outcomes: Sequence[Outcome[D]]) -> Calls[list[Settlement]]:
+        settlements = []
+        fired = [outcome.delivery.claim for outcome in outcomes if outcome.fate == "complete"]
+        if fired:
+            settlements.append((yield Call("complete", tuple(fired))))
+        given = [outcome.delivery.claim for outcome in outcomes if outcome.fate == "release" and outcome.delay is None]
+        if given:
+            settlements.append((yield Call("release", tuple(given))))
+        for outcome in outcomes:
+            if outcome.delay is not None:
+                retry_at = {"retry_at": self._later(outcome.delay)}
+                settlements.append((yield Call("release", (outcome.delivery.claim,), retry_at)))
+        return settlements
+
+    def _later(self, delay: timedelta) -> datetime:
+        try:
+            return self._clock() + delay
+        except OverflowError:
+            return datetime.max.replace(tzinfo=UTC)
+
+    def apply(self, turn: Turn[D]) -> list[D]:
+        """Enter what was committed; the deliveries that are to be handled now."""
+        if self._failures:
+            _log.warning("the database answers again", extra={"aion_failures": self._failures})
+        self._failures = 0
+        busy = {claim for settlement in turn.settlements for claim in settlement.busy}
+        self._log_lost([claim for settlement in turn.settlements for claim in settlement.lost])
+        done = {outcome.delivery.claim for outcome in turn.settled} - busy
+        with self._lock:
+            self._outcomes = [outcome for outcome in self._outcomes if outcome.delivery.claim not in done]
+            for claim in done:
+                self._held.pop(claim, None)
+        if busy:
+            self._busy_until = turn.ended + _BUSY_PAUSE
+        if turn.limit and self.once:
+            self._exhausted = len(turn.claims) < turn.limit
+        elif turn.limit or turn.asked:
+            self._pace(turn)
+        return self._take(turn)
+
+    def _pace(self, turn: Turn[D]) -> None:
+        if turn.limit:
+            self._empty = 0 if turn.claims else self._empty + 1
+        if not turn.asked:
+            self._ask_at, self._certain = turn.ended, True
+            return
+        empty = self._empty if turn.limit else 0
+        longest = self.settings.max_sleep
+        seconds = pacing.nap(turn.wake, empty=empty, longest=longest, whole_milliseconds=self._is_sqlite)
+        self._ask_at = turn.ended + seconds
+        # after the longest sleep there need not be anything, and a question costs less than a claim
+        self._certain = turn.wake is not None and turn.wake <= longest
+
+    def _take(self, turn: Turn[D]) -> list[D]:
+        now = self._clock()
+        until = turn.started + self.settings.lease.total_seconds()
+        made = [self._make(claim, max(timedelta(0), now - claim.timer.fire_at), until) for claim in turn.claims]
+        with self._lock:
+            self._held.update((delivery.claim, delivery) for delivery in made)
+        self._low = len(made) // 2
+        self._last_start = time.monotonic()
+        return made
+
+    def _log_lost(self, claims: Sequence[Claim]) -> None:
+        if claims:
+            _log.info(
+                "%d timers were moved, cancelled or claimed by others while they were handled: %s%s",
+                len(claims),
+                ", ".join(f"{claim.timer.workflow_id} {claim.timer.timer_id}" for claim in claims[:_SHOWN]),
+                ", ..." if len(claims) > _SHOWN else "",
+                extra={"aion_lost": len(claims)},
+            )
+
+    def failed(self, error: BaseException) -> None:
+        """A transaction of the loop's own has failed, and nothing of it is true."""
+        patient = not self.once or self.stopping or self._exhausted or self._failures < _MOST_FAILURES
+        if patient and pacing.passes(error):
+            self._failures += 1
+            pause = pacing.outage_pause(self._failures)
+            self._pause_until = time.monotonic() + pause
+            self._ask_at, self._certain = self._pause_until, True
+            if self._failures & (self._failures - 1) == 0:
+                _log.warning(
+                    "the database does not answer (%s), and is asked again",
+                    type(error).__name__,
+                    exc_info=error,
+                    extra={"aion_failures": self._failures},
+                )
+            return
+        if self.stopping:
+            _log.error("cannot settle", exc_info=error)
+            self._abandon()
+            return
+        self.error = error
+        self.stopping = True
+
+    # -- by the keeper of leases
+
+    def to_extend(self, besides: InFlight | None = None) -> list[Claim]:
+        """The claims whose leases have been running for a while, except where a handler has the row locked."""
+        length = self.settings.lease.total_seconds()
+        fresh = time.monotonic() + length - length / _SPARED
+        with self._lock:
+            return [
+                claim
+                for claim, delivery in self._held.items()
+                if delivery.until <= fresh and not delivery.locked and not delivery.taken and delivery is not besides
+            ]
+
+    def extension(self, claims: Sequence[Claim]) -> Calls[tuple[Settlement, float]]:
+        """One transaction: extend the leases."""
+        started = time.monotonic()
+        settlement = yield Call("extend", tuple(claims), {"lease": self.settings.lease})
+        return settlement, started
+
+    def extended(self, settlement: Settlement, started: float) -> None:
+        """Enter extensions that were committed."""
+        until = started + self.settings.lease.total_seconds()
+        with self._lock:
+            for claim in settlement.done:
+                if (delivery := self._held.get(claim)) is not None:
+                    delivery.until = max(delivery.until, until)
+            for claim in settlement.lost:
+                # one that is being settled at this moment is not lost
+                if (delivery := self._held.get(claim)) is not None and not (delivery.settled or delivery.locked):
+                    delivery.taken = True
+
+
+# -- isolation --------------------------------------------------------------------------------------------------------
+
+
+def isolated(engine: Engine) -> Engine:
+    """The same engine, for the dispatcher's own transactions: short ones that write, whatever the host's level is."""
+    if engine.dialect.name == "postgresql":
+        return engine.execution_options(isolation_level="READ COMMITTED")
+    if engine.dialect.driver.endswith("libsql"):
+        return engine.execution_options(isolation_level="IMMEDIATE")
+    return engine.execution_options(isolation_level="SERIALIZABLE") if _autocommits(engine) else engine
+
+
+def _autocommits(engine: Engine) -> bool:
+    level: Any = engine.get_execution_options().get("isolation_level")
+    return "AUTOCOMMIT" in {level, getattr(engine.dialect, "_on_connect_isolation_level", None)}

@@ -1,0 +1,986 @@
+"""The dispatcher and its deliveries, on every backend: what happens when a handler and others meet, and the loop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import URL, Engine, create_engine, event, text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import sessionmaker
+
+from aion_timers import (
+    AsyncDispatcher,
+    Backoff,
+    Dispatcher,
+    InvalidInputError,
+    LeaseLost,
+    NotMigratedError,
+    TimerEntry,
+    UnsupportedBindError,
+)
+from tests.conftest import open_engine
+from tests.contract.test_concurrency import in_threads
+from tests.dispatching import Dispatchers, Fired, Running, Standing, wait_until
+from tests.store import Store
+
+ALPHA = UUID("00000000-0000-4000-8000-00000000000a")
+PAST = datetime(2026, 6, 3, 2, 30, tzinfo=UTC)
+FUTURE = datetime(9000, 1, 1, tzinfo=UTC)
+MINUTE = timedelta(minutes=1)
+SHORT = timedelta(milliseconds=300)
+POSTGRES = ["psycopg", "psycopg_async", "asyncpg"]
+POLICIES = ["replace", "keep", "earliest", "latest"]
+
+
+@pytest.fixture
+def dispatchers(backend: str, url: URL) -> Dispatchers:
+    """Makes dispatchers on the database of the store."""
+    return Dispatchers(backend, url)
+
+
+def schedule(store: Store, *names: str | int, at: datetime = PAST, workflow_id: UUID = ALPHA) -> None:
+    with store.timers() as timers:
+        timers.schedule_many([TimerEntry(workflow_id, name, at) for name in names])
+
+
+def left(store: Store) -> dict[str | int, datetime]:
+    with store.timers() as timers:
+        return {timer.timer_id.value: timer.fire_at for timer in timers.list_workflow(ALPHA)}
+
+
+@contextmanager
+def elsewhere(backend: str, url: URL) -> Iterator[Callable[[Callable[[Any], Any]], Future[Any]]]:
+    """Runs functions of a repository in other threads, each in a transaction of its own."""
+
+    def run(work: Callable[[Any], Any]) -> Any:
+        found: list[Any] = []
+
+        def in_store(store: Store, _: int) -> None:
+            with store.timers() as timers:
+                found.append(work(timers))
+
+        in_threads(backend, url, in_store, threads=1)
+        return found[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        yield partial(pool.submit, run)
+
+
+@contextmanager
+def in_handler(
+    dispatchers: Dispatchers, *, inside: bool, lease: timedelta = MINUTE, **options: Any
+) -> Iterator[tuple[Running, threading.Event]]:
+    """A dispatcher whose handler has begun, in its delivery's transaction or without one, and waits to be let go."""
+    begun, go = threading.Event(), threading.Event()
+
+    def handle(delivery: Fired) -> None:
+        if inside:
+            with delivery.transaction():
+                begun.set()
+                delivery.wait_for(go.is_set)
+        else:
+            begun.set()
+            delivery.wait_for(go.is_set)
+
+    with dispatchers.running(handle, lease=lease, **options) as running:
+        try:
+            assert begun.wait(10)
+            yield running, go
+        finally:
+            go.set()
+
+
+# -- when two things meet ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("if_exists", POLICIES)
+def test_who_schedules_while_a_transaction_holds_the_timer_waits_and_has_his_way(
+    backend: str, url: URL, store: Store, dispatchers: Dispatchers, if_exists: Any
+) -> None:
+    schedule(store, "a")
+    with elsewhere(backend, url) as other, in_handler(dispatchers, inside=True) as (running, go):
+        done = other(lambda timers: timers.schedule(ALPHA, "a", FUTURE, if_exists=if_exists))
+        time.sleep(0.1)
+        assert not done.done()
+        go.set()
+        assert done.result(10) is True
+        running.stop()
+        assert left(store) == {"a": FUTURE}
+
+
+@pytest.mark.parametrize("if_exists", POLICIES)
+def test_who_schedules_while_a_handler_runs_without_a_transaction_has_his_way_at_once(
+    store: Store, dispatchers: Dispatchers, if_exists: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aion_timers")
+    schedule(store, "a")
+    with in_handler(dispatchers, inside=False) as (running, go):
+        with store.timers() as timers:
+            assert timers.schedule(ALPHA, "a", FUTURE, if_exists=if_exists) is True
+        go.set()
+        running.stop()
+    assert left(store) == {"a": FUTURE}
+    assert [record.__dict__["aion_lost"] for record in caplog.records if hasattr(record, "aion_lost")] == [1]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_who_cancels_waits_for_a_transaction_and_finds_nothing_or_cancels_at_once(
+    backend: str, url: URL, store: Store, dispatchers: Dispatchers, inside: bool
+) -> None:
+    schedule(store, "a")
+    with elsewhere(backend, url) as other, in_handler(dispatchers, inside=inside) as (running, go):
+        done = other(lambda timers: timers.cancel(ALPHA, "a"))
+        if inside:
+            time.sleep(0.1)
+            assert not done.done()
+            go.set()
+        assert done.result(10) is not inside
+        go.set()
+        running.stop()
+    assert left(store) == {}
+
+
+def test_a_transaction_keeps_its_timer_after_the_lease_ran_out(
+    backend: str, url: URL, store: Store, dispatchers: Dispatchers
+) -> None:
+    schedule(store, "a")
+    with elsewhere(backend, url) as other, in_handler(dispatchers, inside=True, lease=SHORT) as (running, go):
+        time.sleep(SHORT.total_seconds() + 0.1)
+        claims = other(lambda timers: timers.claim(limit=1, lease=MINUTE))
+        if not store.is_sqlite:  # there the other waits for the file
+            assert claims.result(10) == []
+        go.set()
+        assert claims.result(10) == []
+        running.stop()
+    assert left(store) == {}
+
+
+def test_who_claims_after_the_lease_ran_out_gets_what_a_handler_has_and_only_he_settles(
+    backend: str, url: URL, store: Store, dispatchers: Dispatchers
+) -> None:
+    clock = Standing(PAST + MINUTE)
+    schedule(store, "a")
+
+    def steal(store: Store, _: int) -> None:
+        with store.timers(clock=lambda: PAST + timedelta(hours=1)) as timers:
+            claims.extend(timers.claim(limit=1, lease=MINUTE))
+
+    claims: list[Any] = []
+    with in_handler(dispatchers, inside=False, clock=clock) as (running, go):
+        in_threads(backend, url, steal, threads=1)
+        assert [claim.attempt for claim in claims] == [2]
+        go.set()
+        running.stop()
+    assert left(store) == {"a": PAST}
+    with store.timers() as timers:
+        assert timers.complete(*claims).done == tuple(claims)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_handler_that_schedules_its_own_timer_again_has_its_way(
+    store: Store, dispatchers: Dispatchers, inside: bool
+) -> None:
+    schedule(store, *POLICIES)
+
+    def again(delivery: Fired) -> None:
+        with delivery.transaction() if inside else delivery.session() as session:
+            assert delivery.timers(session).schedule(ALPHA, delivery.name, FUTURE, if_exists=delivery.name)
+
+    assert dispatchers.run_due(again) == 4
+    assert left(store) == dict.fromkeys(POLICIES, FUTURE)
+    with store.timers() as timers:
+        assert {claim.attempt for claim in timers.claim(FUTURE, limit=9, lease=MINUTE)} == {1}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_handler_may_cancel_its_whole_workflow(store: Store, dispatchers: Dispatchers, inside: bool) -> None:
+    schedule(store, "a")
+    schedule(store, "later", "latest", at=FUTURE)
+
+    def cancel(delivery: Fired) -> None:
+        with delivery.transaction() if inside else delivery.session() as session:
+            assert delivery.timers(session).cancel_workflow(ALPHA) == 3
+
+    assert dispatchers.run_due(cancel) == 1
+    assert left(store) == {}
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_a_handler_did_before_it_raised_is_rolled_back_and_the_timer_comes_again(
+    store: Store, dispatchers: Dispatchers, inside: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Standing(PAST)
+    schedule(store, "a")
+    seen: list[tuple[int, timedelta]] = []
+
+    def fail(delivery: Fired) -> None:
+        seen.append((delivery.attempt, delivery.late_by))
+        if inside:
+            with delivery.transaction() as session:
+                delivery.timers(session).schedule(ALPHA, "b", PAST)
+                raise ValueError("no")
+        raise ValueError("no")
+
+    options = {"clock": clock, "retry": lambda delivery, _: delivery.attempt * MINUTE}
+    assert dispatchers.run_due(fail, **options) == 1
+    assert left(store) == {"a": PAST + MINUTE}
+    assert dispatchers.run_due(fail, **options) == 0
+    clock.now += 3 * MINUTE
+    assert dispatchers.run_due(fail, **options) == 1
+    assert left(store) == {"a": PAST + 5 * MINUTE}
+    assert seen == [(1, timedelta(0)), (2, 2 * MINUTE)]
+    assert [record.__dict__["aion_retry_in"] for record in caplog.records] == [60, 120]
+
+
+def test_a_handler_that_raises_after_its_transaction_is_not_tried_again(
+    store: Store, dispatchers: Dispatchers, caplog: pytest.LogCaptureFixture
+) -> None:
+    schedule(store, "a")
+
+    def fail(delivery: Fired) -> None:
+        with delivery.transaction() as session:
+            delivery.timers(session).schedule(ALPHA, "b", FUTURE)
+        raise ValueError("too late")
+
+    assert dispatchers.run_due(fail) == 1
+    assert left(store) == {"b": FUTURE}
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+
+
+def test_what_a_dead_process_held_is_fired_again_after_its_lease(store: Store, dispatchers: Dispatchers) -> None:
+    schedule(store, "a")
+    with store.timers() as timers:
+        timers.claim(limit=1, lease=SHORT)
+    claimed = time.monotonic()
+    seen: list[int] = []
+    with dispatchers.running(lambda delivery: seen.append(delivery.attempt)):
+        wait_until(lambda: seen)
+    assert time.monotonic() - claimed >= SHORT.total_seconds() - 0.01
+    assert seen == [2]
+    assert left(store) == {}
+
+
+@pytest.mark.parametrize("backend", ["libsql", "aiolibsql", "sqlite", "aiosqlite"], indirect=True)
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_the_other_program_moves_stands(url: URL, store: Store, dispatchers: Dispatchers, inside: bool) -> None:
+    schedule(store, "a")
+
+    def move() -> None:
+        engine = open_engine(url.set(drivername="sqlite+libsql" if "libsql" in url.drivername else "sqlite"))
+        with engine.begin() as connection:
+            connection.exec_driver_sql(
+                "INSERT INTO timers (workflow_id, timer_id, fire_at) VALUES (?, ?, ?)"
+                " ON CONFLICT(workflow_id, timer_id) DO UPDATE SET fire_at = excluded.fire_at",
+                (f'"{ALPHA}"', '{"Named":"a"}', "9000-01-01T00:00:00.000000000Z"),
+            )
+        engine.dispose()
+
+    with in_handler(dispatchers, inside=inside) as (running, go), ThreadPoolExecutor(1) as pool:
+        moved = pool.submit(move)
+        if inside:
+            time.sleep(0.1)
+            assert not moved.done()
+        else:
+            moved.result(10)
+        go.set()
+        moved.result(10)
+        running.stop()
+    assert left(store) == {"a": FUTURE}
+
+
+def test_a_handler_that_lost_its_timer_does_no_work(
+    backend: str, url: URL, store: Store, dispatchers: Dispatchers, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "aion_timers")
+    schedule(store, "a")
+    reached: list[str] = []
+
+    def handle(delivery: Fired) -> None:
+        other(lambda timers: timers.schedule(ALPHA, "a", FUTURE)).result(10)
+        with delivery.transaction():
+            reached.append("the work")
+
+    with elsewhere(backend, url) as other:
+        assert dispatchers.run_due(handle) == 1
+    assert reached == []
+    assert left(store) == {"a": FUTURE}
+    assert "lease is lost" in caplog.text
+
+
+def test_a_transaction_is_opened_once(store: Store, dispatchers: Dispatchers) -> None:
+    schedule(store, "a")
+    errors: list[type[BaseException]] = []
+
+    def handle(delivery: Fired) -> None:
+        with delivery.transaction():
+            delivery.extend()
+            assert not delivery.lost
+            with pytest.raises(InvalidInputError, match="open already"), delivery.transaction():
+                pass
+        for again in (delivery.transaction().__enter__, delivery.extend):
+            try:
+                again()
+            except LeaseLost as error:
+                errors.append(type(error))
+
+    assert dispatchers.run_due(handle) == 1
+    assert errors == [LeaseLost] * 2
+
+
+@pytest.mark.parametrize("backend", POSTGRES, indirect=True)
+@pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE"])
+def test_a_confirm_that_fails_at_a_higher_isolation_level_is_tried_again(
+    backend: str, url: URL, store: Store, level: str
+) -> None:
+    schedule(store, "a")
+    held, tries = threading.Event(), []
+
+    def hold(other: Store, claim: Any) -> None:
+        with other.timers() as timers:
+            timers.extend(claim, lease=MINUTE)
+            held.set()
+            time.sleep(0.3)
+
+    def handle(delivery: Fired) -> None:
+        holder = threading.Thread(
+            target=in_threads, args=(backend, url, lambda other, _: hold(other, delivery.raw.claim), 1)
+        )
+        holder.start()
+        delivery.wait_for(held.is_set)
+        tries.append(delivery.attempt)
+        with delivery.transaction() as session:
+            delivery.timers(session).schedule(ALPHA, "b", FUTURE)
+        holder.join()
+
+    assert Dispatchers(backend, url, isolation_level=level).run_due(handle) == 1
+    assert tries == [1]
+    assert left(store) == {"b": FUTURE}
+
+
+@pytest.mark.parametrize("backend", POSTGRES, indirect=True)
+def test_an_acknowledgement_waits_for_a_host_that_has_the_row_and_holds_up_no_other(
+    store: Store, dispatchers: Dispatchers
+) -> None:
+    schedule(store, "a", "b")
+    seen: list[str] = []
+    locked = store.new_session()
+
+    def handle(delivery: Fired) -> None:
+        if delivery.name == "a":
+            started.set()
+            delivery.wait_for(go.is_set)
+        seen.append(delivery.name)
+
+    started, go = threading.Event(), threading.Event()
+    try:
+        with dispatchers.running(handle, concurrency=2):
+            assert started.wait(10)
+            first = text("SELECT * FROM timers WHERE timer_id = CAST(:id AS text) FOR UPDATE")
+            locked.execute(first, {"id": '{"Named":"a"}'})
+            go.set()
+            wait_until(lambda: "b" not in left(store))
+            time.sleep(0.1)
+            assert sorted(seen) == ["a", "b"]
+            assert left(store) == {"a": PAST}
+            locked.rollback()
+            wait_until(lambda: left(store) == {})
+    finally:
+        go.set()
+        locked.close()
+
+
+# -- which timers, in which order, how many ---------------------------------------------------------------------------
+
+
+def test_run_due_fires_what_is_due_in_order_and_leaves_the_rest(store: Store, dispatchers: Dispatchers) -> None:
+    entries = [TimerEntry(ALPHA, number, PAST + number * MINUTE) for number in range(5)]
+    with store.timers() as timers:
+        timers.schedule_many(reversed(entries))
+    schedule(store, "later", at=FUTURE)
+    seen: list[Any] = []
+    assert dispatchers.run_due(lambda delivery: seen.append(delivery.timer)) == 5
+    assert seen == entries
+    assert left(store) == {"later": FUTURE}
+    assert dispatchers.run_due(seen.append) == 0
+
+
+def test_a_name_decides_who_fires_and_what_nobody_knows_is_left_alone(store: Store, dispatchers: Dispatchers) -> None:
+    schedule(store, "pay", "pay-1", "pay-late-1", "pay-late", "other", 7)
+    seen: list[tuple[str, Any]] = []
+
+    def by(name: str) -> Callable[[Fired], None]:
+        return lambda delivery: seen.append((name, delivery.name))
+
+    names = ("pay", "pay-*", "pay-late*", "none-*")
+    assert dispatchers.run_due({name: by(name) for name in names}) == 4
+    assert sorted(seen) == [
+        ("pay", "pay"),
+        ("pay-*", "pay-1"),
+        ("pay-late*", "pay-late"),
+        ("pay-late*", "pay-late-1"),
+    ]
+    assert set(left(store)) == {"other", 7}
+
+
+def test_run_due_ends_though_a_handler_makes_its_timer_due_again(store: Store, dispatchers: Dispatchers) -> None:
+    schedule(store, "a", "b")
+
+    def again(delivery: Fired) -> None:
+        if delivery.name == "b":
+            raise ValueError("at once")
+        with delivery.transaction() as session:
+            delivery.timers(session).schedule(ALPHA, "a", datetime.now(UTC))
+
+    assert dispatchers.run_due(again, retry=lambda *_: timedelta(0)) == 2
+    assert set(left(store)) == {"a", "b"}
+
+
+def test_a_timer_is_given_up_only_if_retry_says_so(
+    store: Store, dispatchers: Dispatchers, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = Standing(PAST)
+    schedule(store, "a")
+
+    def fail(_: Fired) -> None:
+        raise ValueError("no")
+
+    for expected in ({"a"}, set()):
+        assert dispatchers.run_due(fail, clock=clock, retry=Backoff(attempts=2)) == 1
+        assert set(left(store)) == expected
+        clock.now += timedelta(days=1)
+    assert [record.levelname for record in caplog.records] == ["WARNING", "ERROR"]
+    assert caplog.records[1].__dict__["aion_attempt"] == 2
+
+
+@pytest.mark.parametrize("bad", ["raises", "negative", "number"])
+@pytest.mark.parametrize("backend", ["libsql", "asyncpg"], indirect=True)
+def test_a_retry_that_fails_loses_nothing(store: Store, dispatchers: Dispatchers, bad: str) -> None:
+    clock = Standing(PAST)
+    schedule(store, "a")
+
+    def fail(_: Fired) -> None:
+        raise ValueError("no")
+
+    def retry(*_: object) -> Any:
+        if bad == "raises":
+            raise KeyError(bad)
+        return -MINUTE if bad == "negative" else 60
+
+    assert dispatchers.run_due(fail, clock=clock, retry=retry) == 1
+    assert PAST < left(store)["a"] <= PAST + timedelta(seconds=1)
+
+
+def test_a_storm_is_drained_in_order_with_each_timer_fired_once(store: Store, dispatchers: Dispatchers) -> None:
+    entries = [TimerEntry(uuid4(), "a", PAST) for _ in range(2000)]
+    with store.timers() as timers:
+        timers.schedule_many(entries)
+    fired: Counter[UUID] = Counter()
+    lock = threading.Lock()
+
+    def handle(delivery: Fired) -> None:
+        with lock:
+            fired[delivery.timer.workflow_id] += 1
+
+    with dispatchers.running(handle, concurrency=4):
+        wait_until(lambda: fired.total() >= 2000, 30)
+    assert fired == Counter(entry.workflow_id for entry in entries)
+    with store.timers() as timers:
+        assert timers.next_fire_at() is None
+
+
+def test_two_dispatchers_share_and_their_effects_are_exactly_once(store: Store, dispatchers: Dispatchers) -> None:
+    schedule(store, *(f"t{number}" for number in range(60)))
+
+    def handle(delivery: Fired) -> None:
+        with delivery.transaction() as session:
+            # a second effect of one timer would not be a change
+            assert delivery.timers(session).schedule(UUID(int=1), delivery.name, FUTURE, if_exists="keep")
+
+    with dispatchers.running(handle, concurrency=2), dispatchers.running(handle, concurrency=2):
+        wait_until(lambda: left(store) == {}, 30)
+    with store.timers() as timers:
+        assert len(timers.list_workflow(UUID(int=1))) == 60
+
+
+def test_a_slow_handler_leaves_timers_to_others(store: Store, dispatchers: Dispatchers) -> None:
+    schedule(store, *range(10))
+    with in_handler(dispatchers, inside=False, concurrency=1), store.timers() as timers:
+        assert len(timers.claim(limit=20, lease=MINUTE)) == 9
+
+
+def test_timers_behind_a_handler_that_hangs_are_given_back(store: Store, dispatchers: Dispatchers) -> None:
+    schedule(store, *range(60))
+    go = threading.Event()
+    seen: list[Any] = []
+
+    def handle(delivery: Fired) -> None:
+        seen.append(delivery.name)
+        if len(seen) == 10:
+            delivery.wait_for(go.is_set)
+
+    with dispatchers.running(handle):
+        wait_until(lambda: len(seen) == 10)
+        others: list[Any] = []
+
+        def claim() -> bool:
+            with store.timers() as timers:
+                others.extend(timers.claim(limit=60, lease=MINUTE))
+            return len(others) == 50
+
+        wait_until(claim)
+        go.set()
+
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+def test_no_handler_starts_early_and_none_late(store: Store, dispatchers: Dispatchers) -> None:
+    early: list[timedelta] = []
+    late: list[timedelta] = []
+
+    def handle(delivery: Fired) -> None:
+        with delivery.session() as session:
+            since = delivery.timers(session).now() - delivery.timer.fire_at
+        (early if since < timedelta(0) else late).append(since)
+
+    with store.timers() as timers:
+        start = timers.now()
+    offsets = [200_000, 200_001, 300_999, 420_500, 421_000, 600_000]
+    for number, offset in enumerate(offsets):
+        schedule(store, number, at=start + timedelta(microseconds=offset))
+    with dispatchers.running(handle, concurrency=3):
+        wait_until(lambda: len(early) + len(late) == len(offsets))
+    assert early == []
+    assert sorted(late)[len(late) // 2] < timedelta(milliseconds=100)
+
+
+def test_a_timer_that_comes_before_all_others_is_fired_within_max_sleep(store: Store, dispatchers: Dispatchers) -> None:
+    schedule(store, "later", at=FUTURE)
+    seen: list[Any] = []
+    with dispatchers.running(lambda delivery: seen.append(delivery.name), max_sleep=timedelta(milliseconds=200)):
+        time.sleep(0.3)
+        schedule(store, "soon")
+        wait_until(lambda: seen == ["soon"], 1)
+
+
+def _counting(counts: list[str], engine: Engine) -> None:
+    @event.listens_for(engine, "before_cursor_execute")
+    def count(_c: Any, _cur: Any, statement: str, *_rest: Any) -> None:
+        counts.append(statement)
+
+
+@pytest.mark.parametrize("what", ["nothing", "later", "locked"])
+def test_an_idle_worker_asks_seldom(store: Store, dispatchers: Dispatchers, what: str) -> None:
+    counts: list[str] = []
+    dispatchers.on_engine = partial(_counting, counts)
+    if what != "nothing":
+        schedule(store, "later", at=FUTURE)
+    if what == "locked":
+        # a foreign hand on an overdue row, whose lease has run out meanwhile
+        schedule(store, "a")
+        if store.is_sqlite:
+            with store.timers() as timers:
+                timers.claim(limit=1, lease=MINUTE)
+    locked = store.new_session()
+    if what == "locked" and not store.is_sqlite:
+        locked.execute(text("SELECT * FROM timers FOR UPDATE"))
+    with dispatchers.running(lambda _: None):
+        time.sleep(0.3)
+        before = len(counts)
+        time.sleep(0.6)
+        asked = len(counts) - before
+    locked.close()
+    assert asked <= (100 if what == "locked" else 2)
+
+
+def test_stop_ends_a_sleep_at_once_and_comes_before_a_run(store: Store, dispatchers: Dispatchers) -> None:
+    schedule(store, "later", at=FUTURE)
+    with dispatchers.running(lambda _: None, max_sleep=timedelta(seconds=60)) as running:
+        time.sleep(0.2)
+        assert running.stop() < 1
+
+
+# -- leases -----------------------------------------------------------------------------------------------------------
+
+
+def test_leases_are_extended_while_handlers_run(store: Store, dispatchers: Dispatchers) -> None:
+    schedule(store, "a", "b")
+    seen: list[tuple[Any, int, bool]] = []
+
+    def slow(delivery: Fired) -> None:
+        delivery.sleep(1)
+        seen.append((delivery.name, delivery.attempt, delivery.lost))
+
+    with dispatchers.running(slow, concurrency=2, lease=SHORT):
+        until = time.monotonic() + 0.9
+        time.sleep(0.1)
+        while time.monotonic() < until:
+            with store.timers() as timers:
+                assert timers.claim(limit=2, lease=MINUTE) == []
+            time.sleep(0.05)
+        wait_until(lambda: len(seen) == 2)
+    assert sorted(seen) == [("a", 1, False), ("b", 1, False)]
+    assert left(store) == {}
+
+
+@pytest.mark.parametrize("how", ["moved", "cancelled"])
+def test_a_handler_learns_that_its_lease_is_lost(store: Store, dispatchers: Dispatchers, how: str) -> None:
+    schedule(store, "a")
+    begun = threading.Event()
+    learnt: list[bool] = []
+
+    def handle(delivery: Fired) -> None:
+        assert not delivery.lost
+        delivery.extend()
+        begun.set()
+        delivery.wait_for(lambda: delivery.lost)
+        learnt.append(True)
+        with pytest.raises(LeaseLost):
+            delivery.extend()
+
+    with dispatchers.running(handle, lease=SHORT):
+        assert begun.wait(10)
+        with store.timers() as timers:
+            if how == "moved":
+                timers.schedule(ALPHA, "a", FUTURE)
+            else:
+                timers.cancel(ALPHA, "a")
+        wait_until(lambda: learnt)
+    assert left(store) == ({"a": FUTURE} if how == "moved" else {})
+
+
+def test_the_end_of_a_long_transaction_leaves_other_leases_alive(store: Store, dispatchers: Dispatchers) -> None:
+    schedule(store, "a", "b")
+    attempts: list[int] = []
+
+    def handle(delivery: Fired) -> None:
+        attempts.append(delivery.attempt)
+        delivery.wait_for(lambda: len(attempts) == 2)
+        if delivery.name == "a":
+            with delivery.transaction():
+                delivery.sleep(0.6)
+        else:
+            delivery.sleep(0.8)
+            assert not delivery.lost
+
+    with dispatchers.running(handle, concurrency=2, lease=SHORT):
+        wait_until(lambda: left(store) == {})
+    assert attempts == [1, 1]
+
+
+def test_an_orderly_stop_gives_back_what_no_handler_has_started_on(store: Store, dispatchers: Dispatchers) -> None:
+    schedule(store, *range(200))
+    seen: list[Any] = []
+    begun, go = threading.Event(), threading.Event()
+
+    def handle(delivery: Fired) -> None:
+        seen.append(delivery.name)
+        if len(seen) == 5:
+            begun.set()
+            delivery.wait_for(go.is_set)
+
+    with dispatchers.running(handle, batch=50) as running:
+        assert begun.wait(10)
+        running.dispatcher.stop()
+        # what waits is given back before the handler ends
+        claims: list[Any] = []
+
+        def claim() -> bool:
+            with store.timers() as timers:
+                claims.extend(timers.claim(limit=200, lease=MINUTE))
+            return len(claims) == 195
+
+        wait_until(claim)
+        assert running.thread.is_alive()
+        go.set()
+    assert len(seen) == 5
+    with store.timers() as timers:
+        assert len(timers.complete(*claims).done) == 195
+    assert left(store) == {}
+
+
+def test_a_timer_that_was_lost_while_it_waited_is_not_fired(store: Store, dispatchers: Dispatchers) -> None:
+    schedule(store, *range(60))
+    seen: list[Any] = []
+
+    def handle(delivery: Fired) -> None:
+        seen.append(delivery.name)
+        if len(seen) == 10:
+            with delivery.session() as session:
+                delivery.timers(session).cancel_workflow(ALPHA)
+            # leases are extended meanwhile, which tells
+            delivery.sleep(0.3)
+
+    # run_due keeps what waits
+    assert dispatchers.run_due(handle, lease=SHORT) == len(seen)
+    assert 10 <= len(seen) < 60
+    assert left(store) == {}
+
+
+@pytest.mark.parametrize("backend", ["aiolibsql", "aiosqlite", "psycopg_async", "asyncpg"], indirect=True)
+def test_a_task_that_is_cancelled_gives_back_what_it_holds(store: Store, url: URL) -> None:
+    schedule(store, "a", "b")
+
+    async def run() -> None:
+        begun = asyncio.Event()
+
+        async def hang(delivery: Any) -> None:
+            async with delivery.transaction():
+                begun.set()
+                await asyncio.sleep(60)
+
+        engine: Any = open_engine(url)
+        task = asyncio.create_task(AsyncDispatcher(engine, hang).run())
+        await asyncio.wait_for(begun.wait(), 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await engine.dispose()
+
+    store.runner.run(run())
+    with store.timers() as timers:
+        assert [claim.attempt for claim in timers.claim(limit=9, lease=MINUTE)] == [2, 1]
+
+
+@pytest.mark.parametrize("backend", ["aiolibsql", "aiosqlite", "psycopg_async", "asyncpg"], indirect=True)
+def test_a_task_that_is_cancelled_while_its_bell_rings_ends(store: Store, url: URL) -> None:
+    schedule(store, "a")
+
+    async def run() -> None:
+        async def handle(_: Any) -> None:
+            await asyncio.sleep(0.2)  # meanwhile the dispatcher has gone to sleep
+            # when the handler's end rings the bell, the task is just about to be cancelled
+            asyncio.get_running_loop().call_soon(task.cancel)
+
+        engine: Any = open_engine(url)
+        dispatcher = AsyncDispatcher(engine, handle)
+        task = asyncio.create_task(dispatcher.run())
+        done, _ = await asyncio.wait([task], timeout=10)
+        dispatcher.stop()
+        await asyncio.wait([task])
+        await engine.dispose()
+        assert done
+        assert task.cancelled()
+
+    store.runner.run(run())
+    assert left(store) == {}
+
+
+@pytest.mark.parametrize("backend", ["sqlite", "libsql", "psycopg"], indirect=True)
+def test_a_signal_stops_a_dispatcher_of_the_main_thread(store: Store) -> None:
+    schedule(store, "later", at=FUTURE)
+    dispatcher = Dispatcher(store.engine, _sync, max_sleep=timedelta(seconds=60))  # type: ignore[arg-type] # a sync one
+    before = signal.signal(signal.SIGUSR1, lambda *_: dispatcher.stop())
+    timer = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    timer.start()
+    started = time.monotonic()
+    try:
+        dispatcher.run()
+    finally:
+        timer.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert time.monotonic() - started < 5
+
+
+# -- outages ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_dispatcher_goes_on_after_an_outage(store: Store, dispatchers: Dispatchers) -> None:
+    down = threading.Event()
+
+    def cut(engine: Engine) -> None:
+        @event.listens_for(engine, "before_cursor_execute")
+        def fail(_c: Any, _cur: Any, statement: str, *_rest: Any) -> None:
+            if down.is_set():
+                raise OperationalError(statement, {}, RuntimeError("the server is gone"))
+
+    dispatchers.on_engine = cut
+    seen: list[Any] = []
+    with dispatchers.running(lambda delivery: seen.append(delivery.name)):
+        schedule(store, "a")
+        wait_until(lambda: seen == ["a"])
+        down.set()
+        schedule(store, "b")
+        time.sleep(0.4)
+        assert seen == ["a"]
+        down.clear()
+        wait_until(lambda: seen == ["a", "b"])
+        wait_until(lambda: left(store) == {})
+
+
+@pytest.mark.parametrize("backend", POSTGRES, indirect=True)
+def test_a_dispatcher_goes_on_after_its_connections_were_cut(url: URL, store: Store, dispatchers: Dispatchers) -> None:
+    admin = create_engine(url.set(drivername="postgresql+psycopg", database="postgres"), isolation_level="AUTOCOMMIT")
+    seen: list[Any] = []
+    with dispatchers.running(lambda delivery: seen.append(delivery.name)):
+        schedule(store, "a")
+        wait_until(lambda: seen == ["a"])
+        with admin.connect() as connection:
+            connection.execute(
+                text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"),
+                {"name": url.database},
+            )
+        other = Store(store.backend, open_engine(url), store.runner)
+        schedule(other, "b")
+        other.close()
+        wait_until(lambda: "b" in seen)
+    admin.dispose()
+    store.blocking(store.engine).dispose()
+
+
+def test_a_stop_during_an_outage_ends_when_nothing_is_held(store: Store, dispatchers: Dispatchers) -> None:
+    schedule(store, "later", at=FUTURE)
+
+    def cut(engine: Engine) -> None:
+        @event.listens_for(engine, "before_cursor_execute")
+        def fail(_c: Any, _cur: Any, statement: str, *_rest: Any) -> None:
+            if down.is_set():
+                raise OperationalError(statement, {}, RuntimeError("the server is gone"))
+
+    down = threading.Event()
+    dispatchers.on_engine = cut
+    with dispatchers.running(lambda _: None, max_sleep=timedelta(milliseconds=50)) as running:
+        time.sleep(0.2)
+        down.set()
+        time.sleep(0.2)
+        assert running.stop() < 1
+
+
+def test_a_table_that_is_gone_ends_the_run_with_the_cure(store: Store, dispatchers: Dispatchers) -> None:
+    store.sql("DROP TABLE timers")
+    with pytest.raises(NotMigratedError):
+        dispatchers.run_due({"a": lambda _: None})
+    with pytest.raises(NotMigratedError), dispatchers.running({"a": lambda _: None}) as running:
+        running.thread.join(10)
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["libsql", "aiolibsql", "sqlite", "aiosqlite"], indirect=True)
+def test_one_handler_for_everything_is_refused_on_a_table_of_the_other_program(
+    store: Store, dispatchers: Dispatchers
+) -> None:
+    columns = "workflow_id TEXT NOT NULL, timer_id TEXT NOT NULL, fire_at TEXT NOT NULL, lease_token TEXT,"
+    store.sql("DROP TABLE timers")
+    store.sql(
+        f"CREATE TABLE timers ({columns} lease_until TEXT, attempts INTEGER NOT NULL DEFAULT 0,"
+        " PRIMARY KEY (workflow_id, timer_id))"
+    )
+    schedule(store, "a", "theirs")
+    seen: list[Any] = []
+    with pytest.raises(UnsupportedBindError, match="mapping"):
+        dispatchers.run_due(seen.append)
+    assert dispatchers.run_due({"a": seen.append}) == 1
+    assert set(left(store)) == {"theirs"}
+
+
+async def _async(_: Any) -> None: ...
+
+
+def _sync(_: Any) -> None: ...
+
+
+class _AsyncObject:
+    async def __call__(self, _: Any) -> None: ...
+
+
+BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "no concurrency": ({"concurrency": 0}, "concurrency"),
+    "concurrency in halves": ({"concurrency": 1.5}, "concurrency"),
+    "concurrency that is a truth": ({"concurrency": True}, "concurrency"),
+    "more handlers than connections": ({"concurrency": 14}, "pool_size=16"),
+    "empty batch": ({"batch": 0}, "batch"),
+    "no lease": ({"lease": timedelta(0)}, "lease"),
+    "negative lease": ({"lease": -MINUTE}, "lease"),
+    "lease in seconds": ({"lease": 30}, "lease"),
+    "lease too short to be extended": ({"lease": timedelta(milliseconds=100)}, "too short"),
+    "endless lease": ({"lease": timedelta.max}, "lease"),
+    "no sleep": ({"max_sleep": timedelta(0)}, "max_sleep"),
+    "sleep in seconds": ({"max_sleep": 1}, "max_sleep"),
+    "retry that cannot be called": ({"retry": 3}, "retry"),
+    "clock that cannot be called": ({"clock": PAST}, "clock"),
+}
+
+
+@pytest.mark.parametrize(("options", "match"), BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
+@pytest.mark.parametrize("backend", ["libsql", "asyncpg"], indirect=True)
+def test_settings_that_cannot_work_are_refused_with_the_cure(
+    store: Store, dispatchers: Dispatchers, options: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=match):
+        dispatchers.make(store.engine, lambda _: None, **options)
+
+
+@pytest.mark.parametrize("handlers", [None, {}, {"a": None}, {"": _sync}, {"a": _async}, _async, _AsyncObject(), 7])
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+def test_handlers_that_cannot_be_called_are_refused(store: Store, handlers: Any) -> None:
+    with pytest.raises(InvalidInputError):
+        Dispatcher(store.engine, handlers)
+
+
+@pytest.mark.parametrize("handlers", [None, {}, {"a": _sync}, _sync, partial(_sync), object()])
+@pytest.mark.parametrize("backend", ["aiosqlite"], indirect=True)
+def test_handlers_that_cannot_be_awaited_are_refused(store: Store, handlers: Any) -> None:
+    with pytest.raises(InvalidInputError):
+        AsyncDispatcher(store.engine, handlers)  # type: ignore[arg-type] # the facade of the tests types it as sync
+
+
+@pytest.mark.parametrize("backend", ["aiosqlite"], indirect=True)
+def test_handlers_that_can_be_awaited_are_taken(store: Store) -> None:
+    for handler in (_async, partial(_async), _AsyncObject()):
+        AsyncDispatcher(store.engine, handler)  # type: ignore[arg-type] # the facade of the tests types it as sync
+
+
+def test_sessions_that_lead_to_no_engine_are_refused() -> None:
+    engine, async_engine = create_engine("sqlite:///x.db"), create_async_engine("sqlite+aiosqlite:///x.db")
+    for sessions in (sessionmaker(), engine.connect, async_engine, async_sessionmaker(async_engine), None):
+        with pytest.raises(InvalidInputError, match="sessions"):
+            Dispatcher(sessions, _sync)  # type: ignore[arg-type] # what is refused
+    for wrong in (async_sessionmaker(), engine, sessionmaker(engine), None):
+        with pytest.raises(InvalidInputError, match="sessions"):
+            AsyncDispatcher(wrong, _async)  # type: ignore[arg-type] # what is refused
+    with pytest.raises(InvalidInputError, match="memory"):
+        Dispatcher(create_engine("sqlite://"), _sync)
+
+
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+def test_a_plain_function_that_gives_a_coroutine_is_a_failure(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    schedule(store, "a")
+    Dispatcher(store.engine, lambda delivery: _async(delivery) if delivery else None).run_due()
+    assert "AsyncDispatcher" in caplog.text
+    assert set(left(store)) == {"a"}
+
+
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+def test_a_dispatcher_runs_once_at_a_time_and_again_later(store: Store) -> None:
+    schedule(store, "a")
+    errors: list[BaseException] = []
+
+    def handle(_: Any) -> None:
+        try:
+            dispatcher.run_due()
+        except UnsupportedBindError as error:
+            errors.append(error)
+
+    dispatcher = Dispatcher(store.engine, handle)
+    assert dispatcher.run_due() == 1
+    assert len(errors) == 1
+    dispatcher.stop()
+    dispatcher.run()  # which was to stop
+    assert dispatcher.run_due() == 0

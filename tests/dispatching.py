@@ -1,0 +1,229 @@
+"""One face for `Dispatcher` and `AsyncDispatcher`: handlers of a contract are written once, as plain functions."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import URL, Engine
+from sqlalchemy.ext.asyncio import async_sessionmaker
+from sqlalchemy.orm import sessionmaker
+from sqlalchemy.util import await_only, greenlet_spawn
+
+from aion_timers import AsyncDispatcher, AsyncTimerRepository, Dispatcher, TimerRepository
+from tests.conftest import open_engine
+from tests.store import ASYNC_DRIVERS
+
+
+class Awaiting:
+    """An async object whose methods await their result where they are called, in a greenlet of SQLAlchemy's."""
+
+    def __init__(self, wrapped: Any) -> None:
+        self.wrapped = wrapped
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self.wrapped, name)
+        if not callable(attribute):
+            return attribute
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = attribute(*args, **kwargs)
+            return await_only(result) if asyncio.iscoroutine(result) else result
+
+        return call
+
+
+class Fired:
+    """A delivery of either kind, as the handlers of tests see it."""
+
+    def __init__(self, delivery: Any, engine: Any, *, is_async: bool) -> None:
+        self.raw = delivery
+        self.name = delivery.timer.timer_id.value
+        self._engine = engine
+        self._is_async = is_async
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+    def extend(self) -> None:
+        """Extend the lease."""
+        if self._is_async:
+            await_only(self.raw.extend())
+        else:
+            self.raw.extend()
+
+    @contextmanager
+    def transaction(self) -> Iterator[Any]:
+        """The delivery's transaction."""
+        if not self._is_async:
+            with self.raw.transaction() as session:
+                yield session
+            return
+        manager = self.raw.transaction()
+        session = await_only(manager.__aenter__())
+        try:
+            yield Awaiting(session)
+        except BaseException:
+            if not await_only(manager.__aexit__(*sys.exc_info())):
+                raise
+        else:
+            await_only(manager.__aexit__(None, None, None))
+
+    @contextmanager
+    def session(self) -> Iterator[Any]:
+        """A session of the handler's own, which has nothing to do with the delivery."""
+        session: Any = Awaiting(async_sessionmaker(self._engine)()) if self._is_async else sessionmaker(self._engine)()
+        try:
+            yield session
+            session.commit()
+        finally:
+            session.close()
+
+    def timers(self, session: Any) -> Any:
+        """The repository of a session."""
+        return Awaiting(AsyncTimerRepository(session.wrapped)) if self._is_async else TimerRepository(session)
+
+    def sleep(self, seconds: float) -> None:
+        """Let time go by, other handlers work, and leases be extended."""
+        if self._is_async:
+            await_only(asyncio.sleep(seconds))
+        else:
+            time.sleep(seconds)
+
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 10) -> None:
+        """Sleep until something is so."""
+        until = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < until, "waited in vain"
+            self.sleep(0.005)
+
+
+Handler = Callable[[Fired], object]
+
+
+class Running:
+    """A dispatcher that runs in a thread."""
+
+    def __init__(self) -> None:
+        self.dispatcher: Any = None
+        self.errors: list[BaseException] = []
+        self.result: Any = None
+        self.thread: threading.Thread
+        self.ready = threading.Event()
+
+    def stop(self) -> float:
+        """Stop it; after how many seconds it had ended."""
+        started = time.monotonic()
+        self.dispatcher.stop()
+        self.thread.join(30)
+        assert not self.thread.is_alive(), "the dispatcher does not stop"
+        return time.monotonic() - started
+
+
+class Dispatchers:
+    """Makes dispatchers on a database, each with an engine of its own."""
+
+    def __init__(self, backend: str, url: URL, **engine_options: Any) -> None:
+        self.is_async = backend in ASYNC_DRIVERS
+        self.is_sqlite = url.get_backend_name() == "sqlite"
+        self.url = url
+        self.engine_options = engine_options
+        self.on_engine: Callable[[Engine], None] | None = None
+
+    def make(self, engine: Any, handlers: Any, **options: Any) -> Any:
+        """A dispatcher of the backend's kind."""
+        if isinstance(handlers, dict):
+            handlers = {name: self._adapted(engine, handler) for name, handler in handlers.items()}
+        else:
+            handlers = self._adapted(engine, handlers)
+        if self.is_async:
+            return AsyncDispatcher(async_sessionmaker(engine), handlers, **options)
+        return Dispatcher(sessionmaker(engine), handlers, **options)
+
+    def _adapted(self, engine: Any, handler: Handler) -> Any:
+        if not self.is_async:
+            return lambda delivery: handler(Fired(delivery, engine, is_async=False))
+
+        async def run(delivery: Any) -> None:
+            await greenlet_spawn(handler, Fired(delivery, engine, is_async=True))
+
+        return run
+
+    def _run(self, running: Running, method: str, handlers: Any, options: dict[str, Any]) -> None:
+        engine: Any = open_engine(self.url, **self.engine_options)
+        if self.on_engine is not None:
+            self.on_engine(getattr(engine, "sync_engine", engine))
+
+        async def run_async() -> None:
+            try:
+                running.dispatcher = self.make(engine, handlers, **options)
+                running.ready.set()
+                running.result = await getattr(running.dispatcher, method)()
+            finally:
+                await engine.dispose()
+
+        try:
+            if self.is_async:
+                asyncio.run(run_async())
+                return
+            running.dispatcher = self.make(engine, handlers, **options)
+            running.ready.set()
+            running.result = getattr(running.dispatcher, method)()
+        except BaseException as error:  # noqa: BLE001 - raised again in the test's own thread
+            running.errors.append(error)
+        finally:
+            running.ready.set()
+            checked_out = engine.pool.checkedout()
+            if not self.is_async:
+                engine.dispose()
+            if checked_out:
+                running.errors.append(AssertionError("a connection was not given back"))
+
+    def run_due(self, handlers: Any, **options: Any) -> int:
+        """Fire what is due now."""
+        running = Running()
+        self._run(running, "run_due", handlers, options)
+        if running.errors:
+            raise running.errors[0]
+        return int(running.result)
+
+    @contextmanager
+    def running(self, handlers: Any, **options: Any) -> Iterator[Running]:
+        """A dispatcher that runs in a thread until the end of the block."""
+        running = Running()
+        running.thread = threading.Thread(target=self._run, args=(running, "run", handlers, options))
+        running.thread.start()
+        running.ready.wait(10)
+        try:
+            yield running
+        finally:
+            if running.dispatcher is not None:
+                running.stop()
+            running.thread.join(30)
+        if running.errors:
+            raise running.errors[0]
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 10) -> None:
+    """Sleep in the test's thread until something is so."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.005)
+
+
+class Standing:
+    """A clock that a test sets."""
+
+    def __init__(self, now: datetime) -> None:
+        self.now = now
+
+    def __call__(self) -> datetime:
+        """What time it is."""
+        return self.now
