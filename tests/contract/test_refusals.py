@@ -30,6 +30,7 @@ from aion_timers import (
     TimerStoreError,
     UnsafeEngineError,
     UnsupportedBindError,
+    migrate,
     prepare_sqlite,
 )
 from tests.conftest import Databases, open_engine
@@ -332,6 +333,22 @@ def test_a_database_that_is_not_migrated_names_the_command(bare_store: Store) ->
         with pytest.raises(NotMigratedError, match="alembic upgrade head") as caught, bare_store.timers() as timers:
             call(timers)
         assert caught.value.__cause__ is not None
+
+
+def test_a_database_that_an_older_version_migrated_names_the_command(store: Store) -> None:
+    with store.connection() as connection:
+        if hasattr(store.engine, "sync_engine"):
+            connection.run_sync(migrate.downgrade, "aion0001")
+        else:
+            migrate.downgrade(connection, "aion0001")
+    for call in (
+        lambda t: t.schedule(ALPHA, "a", NOW, if_exists="keep"),
+        lambda t: t.claim(limit=1, lease=timedelta(minutes=1)),
+        lambda t: t.take(limit=1),
+        lambda t: t.next_wake(),
+    ):
+        with pytest.raises(NotMigratedError, match="alembic upgrade head"), store.timers() as timers:
+            call(timers)
 
 
 @pytest.mark.parametrize("backend", ["psycopg", "psycopg_async", "asyncpg"], indirect=True)
