@@ -8,6 +8,7 @@
      |    +-- UnsafeEngineError      an engine whose driver would lose updates or savepoints
      +-- ForeignRowError             a row that another program wrote in a form of its own
      +-- LeaseLost                   somebody else may fire the timer now, or it was moved or cancelled
+     +-- NoProgressError             a test's run_due() would not come to an end
      +-- StoreUnavailableError       the database cannot be reached or written
      |    +-- PoolExhaustedError     no connection came free in time
      +-- MigrationError              the schema is not what this version works with
@@ -104,6 +105,19 @@ class LeaseLost(TimerStoreError):  # noqa: N818 - an outcome to be reckoned with
     def __init__(self, claim: object) -> None:
         super().__init__(f"the lease is lost: {claim!r}; roll back and leave the timer to whoever has it now")
         self.claim = claim
+
+
+class NoProgressError(_CuredError):
+    """`aion_timers.testing.run_due` would not come to an end, or gets no further.
+
+    Attributes:
+        timer: the timer that fires again and again, or cannot be had, if it is known.
+        cure: what to do about it.
+    """
+
+    def __init__(self, timer: object, problem: str, cure: str) -> None:
+        super().__init__(problem, cure)
+        self.timer = timer
 
 
 class StoreUnavailableError(_CuredError):

@@ -186,10 +186,13 @@ def leased(dialect: Name, token: UUID, lease: timedelta, now: datetime | None) -
     return {"token": token if dialect == POSTGRESQL else str(token), **lease_of(dialect, lease, now)}
 
 
+_LAST: Final = datetime.max.replace(tzinfo=UTC)
+
+
 def lease_of(dialect: Name, lease: timedelta, now: datetime | None) -> Parameters:
     """The parameter that says until when a lease lasts: an instant, or how much is added to the database's clock."""
     if now is not None:
-        return {"until": encode_instant(now + lease)}
+        return {"until": encode_instant(min(lease, _LAST - now) + now)}
     # SQLite's clock counts milliseconds
     return {"lease": lease if dialect == POSTGRESQL else f"+{lease / timedelta(seconds=1):.3f} seconds"}
 

@@ -24,6 +24,8 @@ from aion_timers import migrate, prepare_sqlite
 
 from .store import ASYNC_DRIVERS, BACKENDS, Store
 
+pytest_plugins = ["aion_timers.testing.pytest_plugin", "pytester"]
+
 DATA = Path(__file__).parent / "data"
 _numbers = count()
 
@@ -58,6 +60,12 @@ def _fast_directory() -> str | None:
 
 def _admin(server: URL) -> psycopg.Connection[Any]:
     return psycopg.connect(server.render_as_string(hide_password=False), autocommit=True)
+
+
+@pytest.fixture(scope="session")
+def timers_postgres_server(postgres_server: URL) -> URL:
+    """The server that the library's own fixtures use here."""
+    return postgres_server
 
 
 class Databases:

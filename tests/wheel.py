@@ -54,7 +54,19 @@ async def use_async():
 
 
 asyncio.run(use_async())
-print("the wheel migrates, schedules and takes in", sys.prefix.rsplit("/", 1)[-1])
+
+from aion_timers.testing import FakeClock, run_due
+
+assert "pytest" not in sys.modules
+clock = FakeClock(now)
+engine = sqlalchemy.create_engine("sqlite+libsql:///testing.db")
+migrate.upgrade(engine)
+with engine.begin() as connection:
+    TimerRepository(connection, clock=clock).schedule(workflow, "later", now + datetime.timedelta(days=3))
+dispatcher = aion_timers.Dispatcher(engine, {"later": lambda _: None}, clock=clock)
+assert len(run_due(dispatcher, until=now + datetime.timedelta(days=4))) == 1
+engine.dispose()
+print("the wheel migrates, schedules, takes and fires in", sys.prefix.rsplit("/", 1)[-1])
 """
 
 

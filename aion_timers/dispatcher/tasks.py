@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
@@ -30,7 +30,7 @@ from aion_timers.repository import AsyncTimerRepository, Clock
 from aion_timers.wakeup import AsyncWakeup
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping
 
     from sqlalchemy import Engine
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from aion_timers.values import Claim
 
 T = TypeVar("T")
+R = TypeVar("R", bound="Round")
 AsyncHandler: TypeAlias = "Callable[[AsyncDelivery], Awaitable[object]]"
 
 _CONFIRM_TRIES: Final = 10
@@ -50,7 +51,7 @@ _log = logging.getLogger("aion_timers.dispatcher")
 class AsyncDelivery(InFlight):
     """A timer that is being fired: what an async handler gets."""
 
-    def __init__(self, round_: _Round, claim: Claim, late_by: timedelta, until: float) -> None:
+    def __init__(self, round_: Round, claim: Claim, late_by: timedelta, until: float) -> None:
         super().__init__(claim, late_by, until)
         self._round = round_
 
@@ -132,18 +133,23 @@ class AsyncDispatcher:
         self._wake()
 
     async def _run(self, *, once: bool) -> int:
+        with self._round(Round, once=once) as round_:
+            return await round_.run(lambda: self._stop)
+
+    @contextmanager
+    def _round(self, kind: type[R], *, once: bool) -> Iterator[R]:
         if not self._busy.acquire(blocking=False):
             raise UnsupportedBindError("this dispatcher runs already", "make another one")
         loop = asyncio.get_running_loop()
         try:
-            round_ = _Round(self._sessions, self._engine, self._settings, self._routes, once=once)
+            round_ = kind(self._sessions, self._engine, self._settings, self._routes, once=once)
 
             def wake() -> None:
                 with suppress(RuntimeError):  # the loop is closed
                     loop.call_soon_threadsafe(round_.ring)
 
             self._wake = wake
-            return await round_.run(lambda: self._stop)
+            yield round_
         finally:
             self._wake = bool
             self._stop = False
@@ -179,7 +185,7 @@ def _sessions(sessions: object) -> async_sessionmaker[Any]:
     )
 
 
-class _Round:
+class Round:
     """One run of a dispatcher, from its first claim to its orderly end."""
 
     def __init__(
@@ -217,10 +223,7 @@ class _Round:
     async def run(self, stopped: Callable[[], bool]) -> int:
         """Fire timers until it is stopped; how many handlers ran."""
         books = self._books
-        if books.routes.names is None:
-            async with self._engine.connect() as connection:
-                if await AsyncTimerRepository(connection).adopted():
-                    refuse_adopted()
+        await self._check_table()
         keeper = asyncio.create_task(self._keep(), name="aion-timers-leases")
         workers = [
             asyncio.create_task(self._work(), name=f"aion-timers-handler-{number}")
@@ -245,6 +248,12 @@ class _Round:
         if books.error is not None:
             raise books.error
         return books.handled
+
+    async def _check_table(self) -> None:
+        if self._books.routes.names is None:
+            async with self._engine.connect() as connection:
+                if await AsyncTimerRepository(connection).adopted():
+                    refuse_adopted()
 
     async def _loop(self, stopped: Callable[[], bool]) -> None:
         books = self._books

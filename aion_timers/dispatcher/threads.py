@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from aion_timers.values import Claim
 
 T = TypeVar("T")
+R = TypeVar("R", bound="Round")
 Handler: TypeAlias = "Callable[[Delivery], object]"
 
 _CONFIRM_TRIES: Final = 10
@@ -51,7 +52,7 @@ _log = logging.getLogger("aion_timers.dispatcher")
 class Delivery(InFlight):
     """A timer that is being fired: what a handler gets."""
 
-    def __init__(self, round_: _Round, claim: Claim, late_by: timedelta, until: float) -> None:
+    def __init__(self, round_: Round, claim: Claim, late_by: timedelta, until: float) -> None:
         super().__init__(claim, late_by, until)
         self._round = round_
 
@@ -184,11 +185,15 @@ class Dispatcher:
         self._bell.ring()
 
     def _run(self, *, once: bool) -> int:
+        with self._round(Round, once=once) as round_:
+            return round_.run(lambda: self._stop)
+
+    @contextmanager
+    def _round(self, kind: type[R], *, once: bool) -> Iterator[R]:
         if not self._busy.acquire(blocking=False):
             raise UnsupportedBindError("this dispatcher runs already", "make another one")
         try:
-            round_ = _Round(self._sessions, self._engine, self._settings, self._routes, self._bell, once=once)
-            return round_.run(lambda: self._stop)
+            yield kind(self._sessions, self._engine, self._settings, self._routes, self._bell, once=once)
         finally:
             self._stop = False
             self._busy.release()
@@ -210,7 +215,7 @@ def _sessions(sessions: object) -> sessionmaker[Any]:
     )
 
 
-class _Round:
+class Round:
     """One run of a dispatcher, from its first claim to its orderly end."""
 
     def __init__(
@@ -245,10 +250,7 @@ class _Round:
     def run(self, stopped: Callable[[], bool]) -> int:
         """Fire timers until it is stopped; how many handlers ran."""
         books = self._books
-        if books.routes.names is None:
-            with self._engine.connect() as connection:
-                if TimerRepository(connection).adopted():
-                    refuse_adopted()
+        self._check_table()
         names = ["leases", *(f"handler-{number}" for number in range(self._settings.concurrency))]
         targets = [self._keep, *[self._work] * self._settings.concurrency]
         # they end before this returns, unless it is interrupted a second time, and then they must not hold up the exit
@@ -275,6 +277,12 @@ class _Round:
         if books.error is not None:
             raise books.error
         return books.handled
+
+    def _check_table(self) -> None:
+        if self._books.routes.names is None:
+            with self._engine.connect() as connection:
+                if TimerRepository(connection).adopted():
+                    refuse_adopted()
 
     def _loop(self, stopped: Callable[[], bool]) -> None:
         books = self._books

@@ -36,6 +36,7 @@ def test_all_lists_every_public_name_in_order() -> None:
         "repository",
         "schema",
         "statements",
+        "testing",
         "values",
         "wakeup",
     }
