@@ -16,8 +16,8 @@ help: ## list the targets
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[asyncio,postgres]' --group test --group check
 	touch $@
 
-demo: .venv/ready ## show timers in a libSQL file: scheduled, killed, kept, delivered
-	$(BIN)/python examples/order_reminders.py
+demo: .venv/ready ## show timers in a libSQL file: kept through kills, and fired once by two workers
+	$(BIN)/python -m examples.order_reminders
 
 test: .venv/ready ## run all tests, on libSQL, SQLite and a PostgreSQL server of their own
 	$(BIN)/python -m pytest -n 2

@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """A shop that reminds its customers to pay: durable timers beside its own orders, in one libSQL file.
 
 ``make demo`` runs it. It checks itself: the exit code is 1 if a count in the summary is not what it has to be.
@@ -10,77 +9,37 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NoReturn
-from uuid import UUID, uuid4
+from typing import NamedTuple, NoReturn
+from uuid import UUID
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import MofNCompleteColumn, Progress
+from rich.progress import MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 from sqlalchemy import Engine, create_engine, exists, func, inspect, select, text
-from sqlalchemy.orm import DeclarativeBase, Mapped, MappedAsDataclass, Session, mapped_column, sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 
 from aion_timers import Timer, TimerEntry, TimerRepository, migrate
+from examples import worker
+from examples.shop import REMINDER, Base, Letter, Order, give_more_time, place_order, receive_payment, send_reminders
 
-REMINDER = "payment-reminder"
-OTHER_PROGRAMS_FILE = Path(__file__).parents[1] / "tests" / "data" / "aion-0.1.0.db"
+ROOT = Path(__file__).parents[1]
+CHILD = [sys.executable, "-m", "examples.order_reminders", "--as-child"]
+OTHER_PROGRAMS_FILE = ROOT / "tests" / "data" / "aion-0.1.0.db"
+
+APART = timedelta(seconds=1) / 600
 
 console = Console(highlight=False)
 
-
-# -- the application --------------------------------------------------------------------------------------------------
-
-
-class Base(MappedAsDataclass, DeclarativeBase):
-    """The application's own tables; the timers' table belongs to the library, in a metadata of its own."""
-
-
-class Order(Base):
-    """An order that waits for its payment."""
-
-    __tablename__ = "orders"
-
-    # a default_factory gives the id at once, a default only at the flush: the timer needs it before
-    id: Mapped[UUID] = mapped_column(primary_key=True, default_factory=uuid4, init=False)
-    customer: Mapped[str]
-    paid: Mapped[bool] = mapped_column(default=False)
-    reminded: Mapped[bool] = mapped_column(default=False)
-
-
-def place_order(session: Session, customer: str, remind_at: datetime) -> Order:
-    """An order and its reminder: when the caller commits, both are there; else neither."""
-    order = Order(customer)
-    session.add(order)
-    TimerRepository(session).schedule(order.id, REMINDER, remind_at)
-    return order
-
-
-def receive_payment(session: Session, order_id: UUID) -> None:
-    """Who has paid is not reminded."""
-    session.get_one(Order, order_id).paid = True
-    TimerRepository(session).cancel(order_id, REMINDER)
-
-
-def give_more_time(session: Session, order_id: UUID, remind_at: datetime) -> None:
-    """An order has one timer of this name: to schedule it again is to move it."""
-    TimerRepository(session).schedule(order_id, REMINDER, remind_at)
-
-
-def send_reminders(session: Session, limit: int) -> list[TimerEntry]:
-    """Take due reminders and mark their orders, in one transaction: a crash neither loses nor repeats one."""
-    due = TimerRepository(session).take(limit=limit, names=[REMINDER])
-    for order in session.scalars(select(Order).where(Order.id.in_([timer.workflow_id for timer in due]))):
-        order.reminded = True
-    return due
-
-
-# -- what the demo does with it ---------------------------------------------------------------------------------------
 
 Promises = dict[UUID, datetime]
 """When each order's reminder is due: the demo's own books, which it compares with the file."""
@@ -191,7 +150,7 @@ def place_orders_until_killed(sessions: sessionmaker[Session]) -> NoReturn:
 def run_and_kill(command: Sequence[str]) -> tuple[int, Promises, Promises]:
     """The killed child's return code, what it told to be committed, and what it had written since."""
     # in a session of its own: Ctrl-C reaches this process alone, which then ends the child
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as child:  # noqa: S603 - this script
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True) as child:  # noqa: S603 - this script
         told = child.stdout or ()
         try:
             lines = list(islice(told, random.randint(1020, 1180)))  # five transactions and a part of the sixth
@@ -213,7 +172,7 @@ def run_and_kill(command: Sequence[str]) -> tuple[int, Promises, Promises]:
 def kill_a_process(sessions: sessionmaker[Session], promised: Promises, database: Path) -> list[Check]:
     """What a killed process had committed has to be there, whole; of the rest, nothing."""
     console.rule("5. A process that places orders is killed with SIGKILL", align="left")
-    code, committed, in_flight = run_and_kill([sys.executable, __file__, "--as-child", str(database)])
+    code, committed, in_flight = run_and_kill([*CHILD, str(database)])
     with sessions() as session:
         stored = all_timers(session)
         belong = exists().where(Timer.workflow_id == Order.id)
@@ -292,6 +251,108 @@ def adopt_a_file(database: Path) -> list[Check]:
     ]
 
 
+class Progressing(NamedTuple):
+    """What the file of the two workers shows at a moment."""
+
+    letters: int
+    retried: int
+    late: list[float]
+
+
+def look(sessions: sessionmaker[Session]) -> Progressing:
+    """Read what the workers have committed."""
+    with sessions() as session:
+        letters = session.execute(select(Letter.attempt, Letter.late_ms)).all()
+    return Progressing(len(letters), sum(attempt > 1 for attempt, _ in letters), sorted(late for _, late in letters))
+
+
+def quantile(late: Sequence[float], part: float) -> float:
+    """The lateness, in ms, that this part of the letters stays below."""
+    return late[min(len(late) - 1, int(part * len(late)))] if late else 0.0
+
+
+def schedule_reminders(sessions: sessionmaker[Session], count: int) -> list[UUID]:
+    """Orders whose reminders fall due one after the other, beginning very soon."""
+    orders = [Order(f"customer {number}") for number in range(count)]
+    with sessions.begin() as session:
+        session.add_all(orders)
+        timers = TimerRepository(session)
+        first = timers.now() + timedelta(seconds=1)
+        instants = (first + number * APART for number in range(count))
+        timers.schedule_many(TimerEntry(order.id, REMINDER, at) for order, at in zip(orders, instants, strict=True))
+        return [order.id for order in orders]
+
+
+def let_two_workers_deliver(database: Path, count: int) -> list[Check]:
+    """Two processes fire the timers of one file; in the middle one of them is killed, and the other one goes on."""
+    console.rule(f"8. Two workers fire {count:,} timers, and one of them is killed", align="left")
+    engine = worker.open_engine(str(database))
+    migrate.upgrade(engine)
+    Base.metadata.create_all(engine)
+    sessions = sessionmaker(engine)
+    command = [sys.executable, "-m", worker.__name__, str(database)]
+    with ExitStack() as stack:
+        workers = [
+            stack.enter_context(subprocess.Popen(command, cwd=ROOT, start_new_session=True))  # noqa: S603 - this script's
+            for _ in range(2)
+        ]
+        for process in workers:
+            stack.callback(process.kill)
+        order_ids = schedule_reminders(sessions, count)
+        twice = sum(map(worker.is_reminded_twice, order_ids))
+        watch(sessions, workers[0], count + twice)
+        workers[1].terminate()
+        codes = [process.wait() for process in workers]
+    with sessions() as session:
+        written = session.execute(select(Letter.order_id, Letter.reminder, Letter.worker, Letter.late_ms)).all()
+        left = len(all_timers(session))
+    engine.dispose()
+    letters = Counter((order_id, name) for order_id, name, *_ in written)
+    by_worker = Counter(process for *_, process, _ in written)
+    killed, other = (by_worker[process.pid] for process in workers)
+    console.print(f"The killed one had sent {killed:,} letters, the other one sent {other:,}.")
+    late = sorted(late for *_, late in written)
+    waited = sum(one >= worker.LEASE / timedelta(milliseconds=1) for one in late)
+    console.print(
+        f"Half of the letters were late by less than {quantile(late, 0.5):.1f} ms, and {waited} by"
+        f" {worker.LEASE.total_seconds():g} s or more: what a killed worker holds waits for the end of its lease."
+    )
+    first = sum(1 for _, name in letters if name == REMINDER)
+    return [
+        Check("signals that ended the two workers: 9, and none", signal.SIGKILL, -codes[0] - codes[1]),
+        Check("timers with an effect", count, first),
+        Check("second reminders, scheduled by a handler", twice, len(letters) - first),
+        Check("effects beyond one a timer", 0, letters.total() - len(letters)),
+        Check("timers that fired early", 0, sum(one < 0 for one in late)),
+        Check("workers that fired some", 2, len(by_worker)),
+        Check("timers left in the file", 0, left),
+    ]
+
+
+def watch(sessions: sessionmaker[Session], doomed: subprocess.Popen[bytes], expected: int) -> None:
+    """Show how the workers get on, until all is done; in the middle, kill one."""
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TextColumn("{task.fields[late]}"))
+    deadline = time.monotonic() + 60
+    with Progress(*columns, console=console) as progress:
+        scheduled = progress.add_task("scheduled", total=expected, late="")
+        fired = progress.add_task("fired", total=expected, late="")
+        retried = progress.add_task("retried", total=None, late="")
+        seen = look(sessions)
+        while seen.letters < expected and time.monotonic() < deadline:
+            time.sleep(0.1)
+            seen = look(sessions)
+            if seen.letters > 0.4 * expected and doomed.returncode is None:
+                doomed.kill()
+                doomed.wait()
+                progress.console.print(f"One worker is killed with SIGKILL after {seen.letters:,} letters.")
+            late = f"late p50 {quantile(seen.late, 0.5):.1f} ms, p99 {quantile(seen.late, 0.99):,.0f} ms"
+            with sessions() as session:
+                waiting = session.scalars(select(func.count()).select_from(Timer)).one()
+            progress.update(scheduled, completed=min(expected, waiting + seen.letters))
+            progress.update(fired, completed=seen.letters, late=late)
+            progress.update(retried, completed=seen.retried)
+
+
 def summary(checks: Sequence[Check]) -> int:
     """Print the checks; the exit code is 1 if one of them failed."""
     console.rule("Summary", align="left")
@@ -323,6 +384,7 @@ def main() -> int:
         checks += kill_a_process(sessions, promised, database)
         checks += remind(sessions, promised)
         checks += adopt_a_file(Path(directory, "aion.db"))
+        checks += let_two_workers_deliver(Path(directory, "delivery.db"), options.timers)
         engine.dispose()
     return summary(checks)
 

@@ -28,7 +28,8 @@ def facts(output: str) -> dict[str, tuple[str, ...]]:
 def test_the_demo_shows_what_it_promises_and_leaves_nothing_behind(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if "COLOR" not in name and "TTY" not in name}
     done = subprocess.run(
-        [sys.executable, Path(order_reminders.__file__), "--timers", "500"],
+        [sys.executable, "-m", "examples.order_reminders", "--timers", "500"],
+        cwd=order_reminders.ROOT,
         env=environment | {"TMPDIR": str(tmp_path), "PYTHONUTF8": "1", "COLUMNS": "80"},
         capture_output=True,
         encoding="utf-8",
@@ -40,7 +41,7 @@ def test_the_demo_shows_what_it_promises_and_leaves_nothing_behind(tmp_path: Pat
     assert all(character.isprintable() or character == "\n" for character in done.stdout)
     assert "TimerId.named('wake-up')" in done.stdout
     found = facts(done.stdout)
-    assert len(found) == 18
+    assert len(found) == 25
     assert {ok for _, _, ok in found.values()} == {"yes"}
     assert found["orders joined with their timers"][1] == "500"
     assert found["timers cancelled"][1] == "25"
@@ -51,6 +52,9 @@ def test_the_demo_shows_what_it_promises_and_leaves_nothing_behind(tmp_path: Pat
     assert int(found["timers that it had committed"][1].replace(",", "")) >= 1000
     assert int(found["due timers taken"][1]) > 100
     assert found["timers in the other program's file"][1] == "120"
+    assert found["timers with an effect"][1] == "500"
+    assert int(found["second reminders, scheduled by a handler"][1]) > 0
+    assert found["workers that fired some"][1] == "2"
 
 
 def test_a_wrong_count_fails_the_summary(capsys: pytest.CaptureFixture[str]) -> None:
