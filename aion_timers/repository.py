@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Generator, Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Concatenate, Final, NamedTuple, ParamSpec, TypeAlias, TypeVar, get_args
@@ -274,7 +274,12 @@ def _next_wake(
 def _clock_now(dialect: Name, _: Forget, now: datetime | None) -> Operation[datetime]:
     if now is not None:
         return now
-    return statements.instant_of(dialect, (yield statements.now(dialect), {}).scalar_one())
+    if dialect == SQLITE:
+        # its clock is this machine's, in whole milliseconds. Asked by a statement it would be a row that is different
+        # when it is read again, and so keep the transaction from writing after others have written
+        here = datetime.now(UTC)
+        return here.replace(microsecond=here.microsecond // 1000 * 1000)
+    return (yield statements.now(), {}).scalar_one().replace(tzinfo=UTC)  # type: ignore[no-any-return] # a naive one
 
 
 def _adopted(dialect: Name, _: Forget) -> Operation[bool]:

@@ -586,15 +586,9 @@ def upcoming(dialect: Name, *, clocked: bool, with_names: bool) -> Select[*tuple
 
 
 @cache
-def now(dialect: Name) -> Select[*tuple[Any, ...]]:
-    """What time it is by the database's clock."""
-    clock = _clock(dialect)
-    return select(type_coerce(func.timezone(_sql("'UTC'"), clock) if dialect == POSTGRESQL else clock, _RAW))
-
-
-def instant_of(dialect: Name, value: Any) -> datetime:  # noqa: ANN401 - a text, or a naive datetime that means UTC
-    """The instant that a row of `now` holds."""
-    return decode_instant(value) if dialect == SQLITE else value.replace(tzinfo=UTC)
+def now() -> Select[*tuple[Any, ...]]:
+    """What time it is by PostgreSQL's clock, as a naive datetime that means UTC."""
+    return select(type_coerce(func.timezone(_sql("'UTC'"), _clock(POSTGRESQL)), _RAW))
 
 
 @cache

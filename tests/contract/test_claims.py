@@ -256,6 +256,33 @@ def test_the_clock_that_decides_tells_the_time(store: Store, clock: Clock) -> No
         assert timers.now() == NOW
 
 
+def test_a_timer_is_due_as_soon_as_the_clock_shows_its_instant(store: Store) -> None:
+    with store.timers() as timers:
+        timers.schedule(ALPHA, 1, timers.now())
+    with store.timers() as timers:
+        assert len(timers.take(limit=1)) == 1
+
+
+def test_who_asks_for_the_time_can_write_after_a_wait_for_others(backend: str, url: URL) -> None:
+    asked, written = threading.Event(), threading.Event()
+
+    def work(store: Store, number: int) -> None:
+        with store.timers() as timers:
+            if number == 0:
+                now = timers.now()
+                asked.set()
+                assert written.wait(10)
+                # on a file this waits for the other's commit
+                assert timers.schedule(ALPHA, 1, now) is True
+            else:
+                assert asked.wait(10)
+                timers.schedule(BETA, 1, NOW)
+                written.set()
+                time.sleep(0.1)
+
+    in_threads(backend, url, work, threads=2)
+
+
 # -- several at once --------------------------------------------------------------------------------------------------
 
 
