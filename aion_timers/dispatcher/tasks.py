@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
@@ -206,6 +206,7 @@ class Round:
         self._is_sqlite = engine.dialect.name == "sqlite"
         self._ready: asyncio.Queue[AsyncDelivery | None] = asyncio.Queue()
         self._over = asyncio.Event()
+        self._begun = False
         self._books: Books[AsyncDelivery] = Books(
             settings,
             routes,
@@ -223,22 +224,21 @@ class Round:
     async def run(self, stopped: Callable[[], bool]) -> int:
         """Fire timers until it is stopped; how many handlers ran."""
         books = self._books
-        await self._check_table()
         keeper = asyncio.create_task(self._keep(), name="aion-timers-leases")
         workers = [
             asyncio.create_task(self._work(), name=f"aion-timers-handler-{number}")
             for number in range(self._settings.concurrency)
         ]
         try:
-            async with self._listening():
+            async with AsyncExitStack() as listening:
                 try:
-                    await self._loop(stopped)
+                    await self._loop(stopped, listening)
                 except BaseException:
                     books.stopping = True
                     for worker in workers:
                         worker.cancel()
                     await asyncio.gather(*workers, return_exceptions=True)
-                    await self._loop(stopped)
+                    await self._loop(stopped, listening)
                     raise
         finally:
             for _ in workers:
@@ -255,7 +255,7 @@ class Round:
                 if await AsyncTimerRepository(connection).adopted():
                     refuse_adopted()
 
-    async def _loop(self, stopped: Callable[[], bool]) -> None:
+    async def _loop(self, stopped: Callable[[], bool], listening: AsyncExitStack) -> None:
         books = self._books
         while True:
             books.stopping = books.stopping or stopped()
@@ -266,10 +266,17 @@ class Round:
                 await self._wait(move.seconds)
                 continue
             try:
+                if not self._begun:
+                    await self._check_table()
                 turn = await self._transact(books.turn(move), own=not move.look)
             except Exception as error:  # noqa: BLE001 - told apart there
                 books.failed(error)
                 continue
+            if not self._begun:
+                self._begun = True
+                # not before: an engine's first connection tells its dialect of the server, and another task that
+                # connects meanwhile would use a dialect that knows nothing yet
+                await listening.enter_async_context(self._listening())
             for delivery in books.apply(turn):
                 self._ready.put_nowait(delivery)
             # a file has one writer, and others have to have their turn

@@ -7,7 +7,7 @@ import logging
 import queue
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
 
@@ -237,6 +237,7 @@ class Round:
         self._is_sqlite = engine.dialect.name == "sqlite"
         self._ready: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
         self._over = threading.Event()
+        self._begun = False
         self._books: Books[Delivery] = Books(
             settings,
             routes,
@@ -250,7 +251,6 @@ class Round:
     def run(self, stopped: Callable[[], bool]) -> int:
         """Fire timers until it is stopped; how many handlers ran."""
         books = self._books
-        self._check_table()
         names = ["leases", *(f"handler-{number}" for number in range(self._settings.concurrency))]
         targets = [self._keep, *[self._work] * self._settings.concurrency]
         # they end before this returns, unless it is interrupted a second time, and then they must not hold up the exit
@@ -261,12 +261,12 @@ class Round:
         for thread in threads:
             thread.start()
         try:
-            with self._listening():
+            with ExitStack() as listening:
                 try:
-                    self._loop(stopped)
+                    self._loop(stopped, listening)
                 except BaseException:
                     books.stopping = True
-                    self._loop(stopped)
+                    self._loop(stopped, listening)
                     raise
         finally:
             for _ in targets:
@@ -284,7 +284,7 @@ class Round:
                 if TimerRepository(connection).adopted():
                     refuse_adopted()
 
-    def _loop(self, stopped: Callable[[], bool]) -> None:
+    def _loop(self, stopped: Callable[[], bool], listening: ExitStack) -> None:
         books = self._books
         while True:
             books.stopping = books.stopping or stopped()
@@ -295,10 +295,17 @@ class Round:
                 self._bell.wait(move.seconds)
                 continue
             try:
+                if not self._begun:
+                    self._check_table()
                 turn = self._transact(books.turn(move), own=not move.look)
             except Exception as error:  # noqa: BLE001 - told apart there
                 books.failed(error)
                 continue
+            if not self._begun:
+                self._begun = True
+                # not before: an engine's first connection tells its dialect of the server, and another thread that
+                # connects meanwhile would use a dialect that knows nothing yet
+                listening.enter_context(self._listening())
             for delivery in books.apply(turn):
                 self._ready.put(delivery)
             if self._is_sqlite:

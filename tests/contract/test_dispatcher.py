@@ -22,6 +22,7 @@ from sqlalchemy import URL, Engine, create_engine, event, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
+from sqlalchemy.util import await_only
 
 from aion_timers import (
     AsyncDispatcher,
@@ -841,6 +842,46 @@ def test_a_dispatcher_goes_on_after_its_connections_were_cut(url: URL, store: St
         wait_until(lambda: "b" in seen)
     admin.dispose()
     store.blocking(store.engine).dispose()
+
+
+@pytest.mark.parametrize("backend", POSTGRES, indirect=True)
+def test_a_dispatcher_that_starts_on_a_slow_server_starts(store: Store, dispatchers: Dispatchers) -> None:
+    def slow(engine: Engine) -> None:
+        initialize = engine.dialect.initialize
+
+        def wait_and_initialize(connection: Any) -> None:
+            if dispatchers.is_async:
+                await_only(asyncio.sleep(0.3))
+            else:
+                time.sleep(0.3)
+            initialize(connection)
+
+        engine.dialect.initialize = wait_and_initialize  # type: ignore[method-assign] # to have it last
+
+    dispatchers.on_engine = slow
+    schedule(store, "a")
+    seen: list[Any] = []
+    with dispatchers.running({"a": lambda delivery: seen.append(delivery.name)}):
+        wait_until(lambda: seen == ["a"])
+        wait_until(lambda: left(store) == {})
+
+
+def test_a_dispatcher_that_starts_during_an_outage_goes_on_after_it(store: Store, dispatchers: Dispatchers) -> None:
+    refused: list[int] = []
+
+    def cut(engine: Engine) -> None:
+        @event.listens_for(engine, "do_connect")
+        def fail(*_: Any) -> None:
+            if len(refused) < 2:
+                refused.append(1)
+                raise OperationalError("", {}, RuntimeError("the server is not there yet"))
+
+    dispatchers.on_engine = cut
+    schedule(store, "a")
+    seen: list[Any] = []
+    with dispatchers.running(lambda delivery: seen.append(delivery.name)):
+        wait_until(lambda: seen == ["a"])
+    assert len(refused) == 2
 
 
 def test_a_stop_during_an_outage_ends_when_nothing_is_held(store: Store, dispatchers: Dispatchers) -> None:
