@@ -147,7 +147,7 @@ def _decoded(dialect: Name, rows: Iterable[Row]) -> Generator[tuple[Row, TimerEn
         try:
             yield row, statements.decode(dialect, row)
         except NotCanonicalError:
-            _report(tuple(row))
+            _report(tuple(row[:3]))
 
 
 def _all_decoded(dialect: Name, rows: Sequence[Row]) -> list[TimerEntry]:

@@ -86,6 +86,7 @@ def test_foreign_rows_are_passed_over_and_stay(
             assert timers.expired(LATE, limit=3) == GOOD[:3]
             assert timers.expired(LATE, limit=3, after=GOOD[1]) == GOOD[2:]
             assert timers.next_fire_at() == GOOD[0].fire_at
+            assert timers.next_wake() < timedelta(0)
             assert timers.list_workflow(ALPHA) == []
             assert timers.get(ALPHA, "wake-up") is None
             assert timers.cancel(ALPHA, "wake-up") is False
@@ -93,8 +94,11 @@ def test_foreign_rows_are_passed_over_and_stay(
             # it was seen by some of these, at the latest by its key, unless its key is another one
             assert len(caplog.records) <= 1
             assert timers.take(LATE, limit=3) == GOOD[:3]
-            assert timers.take(LATE, limit=3) == GOOD[3:]
-            assert timers.take(LATE, limit=3) == []
+            claims = timers.claim(LATE, limit=3, lease=timedelta(minutes=1))
+            assert [claim.timer for claim in claims] == GOOD[3:]
+            assert timers.complete(*claims).done == tuple(claims)
+            assert timers.claim(LATE, limit=3, lease=timedelta(minutes=1)) == []
+            assert timers.next_wake() is None
         assert foreign_row(store) == before, literals
         instant = (
             store.sql(f"SELECT fire_at FROM timers WHERE workflow_id <> '\"{OTHER}\"'")
