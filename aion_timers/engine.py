@@ -28,6 +28,7 @@ from aion_timers.errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sqlalchemy import ExceptionContext
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 MIGRATE: Final = "run `alembic upgrade head` or call aion_timers.migrate.upgrade(engine)"
@@ -110,8 +111,9 @@ def prepare_sqlite(engine: Engine | AsyncEngine) -> None:
     """Make a plain ``sqlite://`` or ``sqlite+aiosqlite://`` engine dependable; call it once after ``create_engine``.
 
     SQLAlchemy then emits BEGIN itself, as its documentation on the SQLite drivers advises, so that savepoints and DDL
-    belong to the transaction. A connection that waits for no lock at all (``timeout=0``) waits 5 seconds. Connections
-    at isolation level AUTOCOMMIT stay as they are. An engine of the libSQL dialects needs none of this.
+    belong to the transaction; and a commit that fails rolls back. A connection that waits for no lock at all
+    (``timeout=0``) waits 5 seconds. Connections at isolation level AUTOCOMMIT stay as they are. An engine of the libSQL
+    dialects needs none of this.
 
     Raises:
         UnsupportedBindError: not an engine of these two drivers, or one that ``execution_options()`` has made of it.
@@ -137,6 +139,16 @@ def prepare_sqlite(engine: Engine | AsyncEngine) -> None:
         if driver.isolation_level is not None:
             _prepare_connection(driver)
         connection.exec_driver_sql("BEGIN")
+
+    @event.listens_for(sync, "handle_error")
+    def on_error(context: ExceptionContext) -> None:
+        # a commit that SQLite refuses leaves its transaction open, which SQLAlchemy takes for ended and returns to the
+        # pool, with the lock on the file
+        connection = context.connection
+        if context.statement is None and connection is not None and not connection.invalidated:
+            driver: Any = connection.connection
+            if driver.driver_connection.in_transaction:
+                driver.rollback()
 
     _prepared.add(sync)
 

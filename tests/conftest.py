@@ -61,7 +61,8 @@ class PostgresServer:
             server = cls(get_server(folder / "data", cleanup_mode="delete"))
         try:
             server.execute("ALTER SYSTEM SET fsync = off")
-            server.execute("SELECT pg_reload_conf()")
+            server.execute("ALTER SYSTEM SET max_prepared_transactions = 8")
+            server.restart()
             yield server
         finally:
             server._handle.cleanup()

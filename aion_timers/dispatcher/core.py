@@ -38,6 +38,7 @@ Retry: TypeAlias = Callable[[Any, BaseException], timedelta | None]
 OWN_CONNECTIONS: Final = 2
 """Connections of the pool that a dispatcher needs beside those of its handlers: for claims, and for leases."""
 
+_WRITE: Final = delete(Timer)
 _LONGEST_LEASE: Final = timedelta(days=366)
 _CLOCK_IS_FRESH: Final = 1.0
 _BUSY_PAUSE: Final = 0.02
@@ -131,7 +132,7 @@ def engine_of(session: Session) -> Engine:
     cure = "bind the sessionmaker to an engine, as in sessionmaker(engine) or sessionmaker(binds={Timer: engine})"
     try:
         # asked as for a write, since a session may send reads to another server
-        bind = session.get_bind(mapper=Timer.__mapper__, clause=delete(Timer))
+        bind = session.get_bind(mapper=Timer.__mapper__, clause=_WRITE)
     except UnboundExecutionError as error:
         raise InvalidInputError("sessions", session, "the sessionmaker has no engine for timers", cure) from error
     if not isinstance(bind, Engine):
@@ -739,6 +740,15 @@ def isolated(engine: Engine) -> Engine:
     if engine.dialect.driver.endswith("libsql"):
         return engine.execution_options(isolation_level="IMMEDIATE")
     return engine.execution_options(isolation_level="SERIALIZABLE") if _autocommits(engine) else engine
+
+
+def opening(engine: Engine) -> dict[str, Any]:
+    """How a delivery's session is asked for its connection, so that it begins a transaction even at AUTOCOMMIT."""
+    options: dict[str, Any] = {"bind_arguments": {"mapper": Timer.__mapper__, "clause": _WRITE}}
+    if _autocommits(engine):
+        level = "READ COMMITTED" if engine.dialect.name == "postgresql" else "SERIALIZABLE"
+        options["execution_options"] = {"isolation_level": level}
+    return options
 
 
 def _autocommits(engine: Engine) -> bool:

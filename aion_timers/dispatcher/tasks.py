@@ -22,6 +22,7 @@ from aion_timers.dispatcher.core import (
     check_pool,
     engine_of,
     isolated,
+    opening,
     refuse_adopted,
     require_held,
 )
@@ -365,6 +366,7 @@ class Round:
             try:
                 if not session.in_transaction():
                     await session.begin()
+                await session.connection(**opening(self._engine.sync_engine))
                 await timers.confirm(delivery.claim)
             except DBAPIError as error:
                 if tries == _CONFIRM_TRIES or not pacing.conflicts(error):

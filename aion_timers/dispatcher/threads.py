@@ -26,6 +26,7 @@ from aion_timers.dispatcher.core import (
     check_pool,
     engine_of,
     isolated,
+    opening,
     refuse_adopted,
     require_held,
 )
@@ -382,6 +383,7 @@ class Round:
             try:
                 if not session.in_transaction():
                     session.begin()
+                session.connection(**opening(self._engine))
                 timers.confirm(delivery.claim)
             except DBAPIError as error:
                 if tries == _CONFIRM_TRIES or not pacing.conflicts(error):
