@@ -16,6 +16,7 @@ from sqlalchemy import URL
 
 from aion_timers import TimerEntry, migrate
 from tests.conftest import DATA, open_engine
+from tests.dispatching import Dispatchers
 from tests.store import Store
 
 pytestmark = pytest.mark.parametrize("backend", ["libsql", "aiolibsql", "sqlite", "aiosqlite"], indirect=True)
@@ -147,3 +148,31 @@ def test_the_crates_own_statements_and_ours_serve_one_file(adopted: Store) -> No
         assert timers.schedule(alpha, "theirs", now, if_exists="earliest") is True
         assert timers.cancel_workflow(alpha) == 2
     assert adopted.sql("PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.parametrize("adopted", ["aion-0.1.0.db"], indirect=True)
+def test_the_crate_finds_all_that_we_have_not_fired(adopted: Store, backend: str) -> None:
+    lines = {(line["workflow_id"], line["value"]): tuple(line["stored"]) for line in manifest("aion-0.1.0.jsonl")}
+    with adopted.timers() as timers:
+        claims = timers.claim(LATEST, limit=40, lease=timedelta(hours=1))
+    # while we hold some, and when they were given back, the crate reads what it wrote
+    assert len(claims) == 40
+    assert every_row(adopted) == set(lines.values())
+    with adopted.timers() as timers:
+        assert timers.release(*claims[3:]).done == tuple(claims[3:])
+    assert every_row(adopted) == set(lines.values())
+    with adopted.timers() as timers:
+        assert timers.complete(*claims[:3]).done == tuple(claims[:3])
+    fired: list[TimerEntry] = []
+    handlers = {f"{letter}*": lambda delivery: fired.append(delivery.timer) for letter in "abcdefghijklmnopqrstuvwxyz"}
+    Dispatchers(backend, adopted.sync_engine.url).run_due(handlers)
+    assert fired
+    gone = {(str(entry.workflow_id), entry.timer_id.value) for entry in [*fired, *(one.timer for one in claims[:3])]}
+    assert every_row(adopted) == {stored for key, stored in lines.items() if key not in gone}
+    assert adopted.sql("PRAGMA integrity_check") == [("ok",)]
+
+
+def every_row(store: Store) -> set[tuple[str, ...]]:
+    """The rows as the crate's own query gives them."""
+    with store.connection() as connection:
+        return {tuple(row) for row in connection.exec_driver_sql(EXPIRED, ("9999-12-31T23:59:59.999999999Z",))}
