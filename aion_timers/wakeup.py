@@ -21,7 +21,7 @@ import selectors
 import socket
 import threading
 import time
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import Connection, Engine, text
@@ -30,7 +30,7 @@ from aion_timers.engine import MIGRATE
 from aion_timers.errors import NotMigratedError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
     from types import TracebackType
     from typing import Self
 
@@ -54,7 +54,12 @@ _log = logging.getLogger(__name__)
 
 def _apart(engine: Engine) -> Engine:
     """An engine that connects as this one does, with a pool of its own and without the hooks of its statements."""
-    return Engine(engine.pool.recreate(), engine.dialect, engine.url)
+    pool = engine.pool.recreate()
+    # the first connection of either pool initializes the dialect, and those of the other have to wait for that, too
+    both: list[Any] = [each.dispatch.connect.for_modify(each.dispatch) for each in (pool, engine.pool)]
+    ours, theirs = both
+    ours._exec_once_mutex = theirs._get_exec_once_mutex()  # noqa: SLF001 - SQLAlchemy knows of one pool only
+    return Engine(pool, engine.dialect, engine.url)
 
 
 def _can_hear(engine: Engine) -> bool:
@@ -187,8 +192,11 @@ class Wakeup:
         """Sleep for these seconds, or until it rings; whether it rang since the last wait. After `close` it is True."""
         rang = self._bell.wait(min(max(timeout, 0), threading.TIMEOUT_MAX))
         # before the caller looks at the database: what rings from now on is for the next wait
-        if rang and not self._closed.is_set():
+        if rang:
             self._bell.clear()
+            # in this order, since another thread may close it at any moment
+            if self._closed.is_set():
+                self._bell.set()
         return rang
 
     def wake(self) -> None:
@@ -269,6 +277,25 @@ class Wakeup:
 # -- async ------------------------------------------------------------------------------------------------------------
 
 
+@asynccontextmanager
+async def _connected(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    connection = engine.connect()
+    starting = asyncio.ensure_future(connection.start())
+    try:
+        # aiosqlite cannot be cancelled while it opens a file: its thread would go on, and might outlive the event loop
+        await (asyncio.shield(starting) if engine.dialect.name == "sqlite" else starting)
+    except asyncio.CancelledError:
+        await asyncio.wait([starting])
+        if not starting.cancelled() and starting.exception() is None:
+            await connection.invalidate()
+            await connection.close()
+        raise
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
 class AsyncWakeup:
     """Like `Wakeup`, for an async engine: it listens in a task, from ``async with`` on.
 
@@ -334,6 +361,8 @@ class AsyncWakeup:
                 try:
                     await self._hear_once(engine, outages.begun)
                 except Exception as error:  # noqa: BLE001 - nothing here is worth more than a worker's going on
+                    if self._closed:  # the driver made an error of the cancellation
+                        return
                     await asyncio.sleep(outages.ended(error))
                 else:
                     return
@@ -341,7 +370,7 @@ class AsyncWakeup:
             await engine.dispose()
 
     async def _hear_once(self, engine: AsyncEngine, begun: Callable[[], None]) -> None:
-        async with engine.connect() as connection:
+        async with _connected(engine) as connection:
             try:
                 if engine.dialect.name == "sqlite":
                     if await connection.run_sync(_watched):

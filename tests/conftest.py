@@ -18,6 +18,7 @@ from typing import Any, LiteralString, Self
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
 from sqlalchemy import URL, Engine, create_engine, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -29,6 +30,10 @@ pytest_plugins = ["aion_timers.testing.pytest_plugin", "pytester"]
 
 DATA = Path(__file__).parent / "data"
 _numbers = count()
+
+# a machine that is busy makes no example wrong
+settings.register_profile("steady", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import URL, Engine
+from sqlalchemy import URL, Engine, event
 from sqlalchemy.ext.asyncio import async_sessionmaker
 from sqlalchemy.orm import sessionmaker
 from sqlalchemy.util import await_only, greenlet_spawn
@@ -19,6 +19,8 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from aion_timers import AsyncDispatcher, AsyncTimerRepository, Dispatcher, TimerRepository
 from tests.conftest import open_engine
 from tests.store import ASYNC_DRIVERS
+
+LIMIT = 60.0  # seconds that nothing takes, however busy the machine is
 
 
 class Awaiting:
@@ -96,7 +98,7 @@ class Fired:
         else:
             time.sleep(seconds)
 
-    def wait_for(self, condition: Callable[[], Any], seconds: float = 10) -> None:
+    def wait_for(self, condition: Callable[[], Any], seconds: float = LIMIT) -> None:
         """Sleep until something is so."""
         until = time.monotonic() + seconds
         while not condition():
@@ -117,13 +119,11 @@ class Running:
         self.thread: threading.Thread
         self.ready = threading.Event()
 
-    def stop(self) -> float:
-        """Stop it; after how many seconds it had ended."""
-        started = time.monotonic()
+    def stop(self) -> None:
+        """Stop it, and wait for its end."""
         self.dispatcher.stop()
-        self.thread.join(30)
+        self.thread.join(LIMIT)
         assert not self.thread.is_alive(), "the dispatcher does not stop"
-        return time.monotonic() - started
 
 
 class Dispatchers:
@@ -159,6 +159,7 @@ class Dispatchers:
         engine: Any = open_engine(self.url, **self.engine_options)
         if self.on_engine is not None:
             self.on_engine(getattr(engine, "sync_engine", engine))
+        left_out: list[int] = []
 
         async def run_async() -> None:
             try:
@@ -166,6 +167,8 @@ class Dispatchers:
                 running.ready.set()
                 running.result = await getattr(running.dispatcher, method)()
             finally:
+                # before it is disposed of, which makes a new pool
+                left_out.append(engine.pool.checkedout())
                 await engine.dispose()
 
         try:
@@ -179,10 +182,10 @@ class Dispatchers:
             running.errors.append(error)
         finally:
             running.ready.set()
-            checked_out = engine.pool.checkedout()
             if not self.is_async:
+                left_out.append(engine.pool.checkedout())
                 engine.dispose()
-            if checked_out:
+            if any(left_out):
                 running.errors.append(AssertionError("a connection was not given back"))
 
     def run_due(self, handlers: Any, **options: Any) -> int:
@@ -197,25 +200,54 @@ class Dispatchers:
     def running(self, handlers: Any, **options: Any) -> Iterator[Running]:
         """A dispatcher that runs in a thread until the end of the block."""
         running = Running()
-        running.thread = threading.Thread(target=self._run, args=(running, "run", handlers, options))
+        # a daemon, so that one that does not stop fails its test, and does not keep the tests from ending
+        running.thread = threading.Thread(target=self._run, args=(running, "run", handlers, options), daemon=True)
         running.thread.start()
-        running.ready.wait(10)
+        running.ready.wait(LIMIT)
         try:
             yield running
+        except BaseException as error:
+            # often the cause
+            error.add_note(f"the dispatcher ended with {running.errors}" if running.errors else "the dispatcher ran")
+            raise
         finally:
             if running.dispatcher is not None:
                 running.stop()
-            running.thread.join(30)
+            running.thread.join(LIMIT)
         if running.errors:
             raise running.errors[0]
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 10) -> None:
+def wait_until(condition: Callable[[], Any], seconds: float = LIMIT) -> None:
     """Sleep in the test's thread until something is so."""
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, "waited in vain"
         time.sleep(0.005)
+
+
+class Counted:
+    """Counts what an engine executes."""
+
+    def __init__(self) -> None:
+        self.statements = 0
+
+    def __call__(self, engine: Engine) -> None:
+        """Count from now on."""
+        event.listen(engine, "before_cursor_execute", self._count)
+
+    def _count(self, *_: Any) -> None:
+        self.statements += 1
+
+    def rate(self, seconds: float) -> float:
+        """Statements in a second, as the next few show."""
+        before, began = self.statements, time.monotonic()
+        time.sleep(seconds)
+        return (self.statements - before) / (time.monotonic() - began)
+
+    def wait_for_sleep(self) -> None:
+        """Wait until the dispatcher has asked what there is, and asks no more."""
+        wait_until(lambda: self.statements and self.rate(0.2) == 0)
 
 
 class Standing:

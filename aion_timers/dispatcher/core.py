@@ -229,14 +229,6 @@ def _handler(handler: object, *, is_async: bool) -> Callable[[Any], Any]:
     return handler
 
 
-def refuse_adopted() -> None:
-    """Refuse a single handler on a table that the other program made."""
-    raise UnsupportedBindError(
-        "another program made this table, and a single handler would fire, and delete, that program's timers, too",
-        'pass a mapping with the names of your own timers, as in Dispatcher(sessions, {"reminder": handler})',
-    )
-
-
 # -- deliveries -------------------------------------------------------------------------------------------------------
 
 
@@ -419,6 +411,7 @@ class Books(Generic[D]):
         self._now_at = 0.0
         self._as_of: datetime | None = None
         self._exhausted = False
+        self._owned = routes.names is not None
         self._empty = 0
         self._low = 0
         # when a claim is worth while (certain), or worth a question
@@ -571,7 +564,8 @@ class Books(Generic[D]):
 
     def turn(self, move: Move) -> Calls[Turn[D]]:
         """One transaction: settle what has ended, claim what is due, and ask when to come again."""
-        self.hint = False if move.limit or move.look else self.hint
+        if move.limit or move.look:
+            self.hint = False
         started = time.monotonic()
         if move.look:
             wake = yield Call("next_wake", (self.routes.names,))
@@ -586,10 +580,21 @@ class Books(Generic[D]):
             options = {"limit": move.limit, "lease": self.settings.lease, "names": self.routes.names}
             started = time.monotonic()
             claims = yield Call("claim", (self._as_of,), options)
+            yield from self._refuse_adopted()
             asked = len(claims) < move.limit and not self.once
             if asked:
                 wake = yield Call("next_wake", (self.routes.names,))
         return Turn(outcomes, settlements, claims, move.limit, started, time.monotonic(), asked=asked, wake=wake)
+
+    def _refuse_adopted(self) -> Calls[None]:
+        # after a claim, which says so if there is no table, and which is rolled back by the refusal
+        if not self._owned and (yield Call("adopted")):
+            raise UnsupportedBindError(
+                "another program made this table, and a single handler would fire, and delete, that program's timers, "
+                "too",
+                'pass a mapping with the names of your own timers, as in Dispatcher(sessions, {"reminder": handler})',
+            )
+        self._owned = True
 
     def _look_at_clock(self) -> Calls[None]:
         if self._now is None or time.monotonic() - self._now_at > _CLOCK_IS_FRESH or self.settings.clock is not None:

@@ -23,7 +23,6 @@ from aion_timers.dispatcher.core import (
     engine_of,
     isolated,
     opening,
-    refuse_adopted,
     require_held,
 )
 from aion_timers.errors import InvalidInputError, LeaseLost, UnsupportedBindError
@@ -208,6 +207,9 @@ class Round:
         self._ready: asyncio.Queue[AsyncDelivery | None] = asyncio.Queue()
         self._over = asyncio.Event()
         self._begun = False
+        self._task = _current_task()
+        self._cancellations = self._task.cancelling()
+        self._aborted = False
         self._books: Books[AsyncDelivery] = Books(
             settings,
             routes,
@@ -235,7 +237,7 @@ class Round:
                 try:
                     await self._loop(stopped, listening)
                 except BaseException:
-                    books.stopping = True
+                    self._aborted = books.stopping = True
                     for worker in workers:
                         worker.cancel()
                     await asyncio.gather(*workers, return_exceptions=True)
@@ -250,15 +252,11 @@ class Round:
             raise books.error
         return books.handled
 
-    async def _check_table(self) -> None:
-        if self._books.routes.names is None:
-            async with self._engine.connect() as connection:
-                if await AsyncTimerRepository(connection).adopted():
-                    refuse_adopted()
-
     async def _loop(self, stopped: Callable[[], bool], listening: AsyncExitStack) -> None:
         books = self._books
         while True:
+            if not self._aborted and self._task.cancelling() > self._cancellations:
+                raise asyncio.CancelledError  # a driver made an error of it
             books.stopping = books.stopping or stopped()
             move = books.next_move()
             if move.kind == "done":
@@ -267,8 +265,6 @@ class Round:
                 await self._wait(move.seconds)
                 continue
             try:
-                if not self._begun:
-                    await self._check_table()
                 turn = await self._transact(books.turn(move), own=not move.look)
             except Exception as error:  # noqa: BLE001 - told apart there
                 books.failed(error)
@@ -314,17 +310,38 @@ class Round:
 
     async def _work(self) -> None:
         books = self._books
-        while (delivery := await self._ready.get()) is not None:
+        while (delivery := await self._next()) is not None:
             if (started := books.begin(delivery)) is None:
                 self.ring()
                 continue
             try:
                 error = await self._handle(delivery)
-            except asyncio.CancelledError:
-                books.interrupted(delivery)
-                raise
+            except asyncio.CancelledError as cancelled:
+                if not await self._goes_on():
+                    books.interrupted(delivery)
+                    raise
+                error = cancelled
             if books.end(delivery, error, started):
                 self.ring()
+
+    async def _next(self) -> AsyncDelivery | None:
+        """What to handle next; None at the end."""
+        while not self._aborted:
+            try:
+                return await self._ready.get()
+            except asyncio.CancelledError:
+                if not await self._goes_on():
+                    raise
+        return None
+
+    async def _goes_on(self) -> bool:
+        """Whether this worker goes on after a cancellation, which a host may have meant for one handler."""
+        while _current_task().uncancel():
+            pass
+        # or for everything, as at the end of asyncio.run, and the run learns of it just now
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        return not self._aborted
 
     async def _handle(self, delivery: AsyncDelivery) -> BaseException | None:
         handler = self._books.routes.find(delivery.timer)
@@ -333,8 +350,7 @@ class Round:
         try:
             await handler(delivery)
         except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
+            if _current_task().cancelling():
                 raise
             return error
         except BaseException as error:  # noqa: BLE001 - whatever it is, the timer is retried and the task goes on
@@ -421,6 +437,12 @@ class Round:
                     exc_info=error,
                     extra={"aion_leases": len(claims)},
                 )
+
+
+def _current_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None  # noqa: S101 - a coroutine runs in one
+    return task
 
 
 async def _driven(calls: Generator[Call, Any, T], timers: AsyncTimerRepository) -> T:

@@ -27,7 +27,6 @@ from aion_timers.dispatcher.core import (
     engine_of,
     isolated,
     opening,
-    refuse_adopted,
     require_held,
 )
 from aion_timers.errors import InvalidInputError, LeaseLost, UnsupportedBindError
@@ -279,12 +278,6 @@ class Round:
             raise books.error
         return books.handled
 
-    def _check_table(self) -> None:
-        if self._books.routes.names is None:
-            with self._engine.connect() as connection:
-                if TimerRepository(connection).adopted():
-                    refuse_adopted()
-
     def _loop(self, stopped: Callable[[], bool], listening: ExitStack) -> None:
         books = self._books
         while True:
@@ -296,8 +289,6 @@ class Round:
                 self._bell.wait(move.seconds)
                 continue
             try:
-                if not self._begun:
-                    self._check_table()
                 turn = self._transact(books.turn(move), own=not move.look)
             except Exception as error:  # noqa: BLE001 - told apart there
                 books.failed(error)

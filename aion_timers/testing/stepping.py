@@ -256,7 +256,6 @@ class _ThreadSteps(ThreadRound):
 
     def drive(self, course: _Course, stopped: Callable[[], bool]) -> _End:
         """Take the steps."""
-        self._check_table()
         steps = course.steps(self._books, stopped)
         try:
             call = next(steps)
@@ -288,7 +287,6 @@ class _TaskSteps(TaskRound):
 
     async def drive(self, course: _Course, stopped: Callable[[], bool]) -> _End:
         """Take the steps."""
-        await self._check_table()
         steps = course.steps(self._books, stopped)
         try:
             call = next(steps)

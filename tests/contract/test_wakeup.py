@@ -6,6 +6,7 @@ import asyncio
 import logging
 import select
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -20,14 +21,16 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import URL, create_engine, event, make_url, pool
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.util import await_only
 
 from aion_timers import wakeup
+from aion_timers.libsql import dbapi
 from aion_timers.wakeup import AsyncWakeup, Wakeup
 from tests.conftest import open_engine
 from tests.store import ASYNC_DRIVERS, Store
 
-SOON = 5.0  # seconds that nobody waits for, unless something is broken
-NEVER = 0.3  # seconds in which something that must not happen would have
+SOON = 30.0  # seconds that nobody waits for, unless something is broken
+NEVER = 0.2  # seconds in which something that must not happen would have
 POSTGRES = pytest.mark.parametrize("backend", ["psycopg", "psycopg_async", "asyncpg"], indirect=True)
 FILES = pytest.mark.parametrize("backend", ["libsql", "aiolibsql", "sqlite", "aiosqlite"], indirect=True)
 ASYNC_FILES = pytest.mark.parametrize("backend", ["aiolibsql", "aiosqlite"], indirect=True)
@@ -138,29 +141,40 @@ def test_rings_once_for_many_and_not_late(store: Store) -> None:
         for _ in range(20):
             stirred(store)
         assert waiter.wait(SOON)
-        waiter.wait(0.1)  # the last of them may have come after the first ring
-        assert not waiter.wait(NEVER)
-        stirred(store)
+        rings = 1
+        while waiter.wait(NEVER):  # the last of them may have come after the first ring
+            rings += 1
+        assert rings <= 20
         began = time.monotonic()
-        assert waiter.wait(SOON)
-        assert time.monotonic() - began < 0.5
+        for _ in range(10):
+            stirred(store)
+            assert waiter.wait(SOON)
+        # in the mean, which one stall does not spoil
+        assert time.monotonic() - began < 5
 
 
 def test_what_comes_between_two_waits_is_kept(store: Store) -> None:
     with listening(store.engine) as waiter:
         assert not waiter.wait(0)
         stirred(store)
-        time.sleep(0.2)
-        assert waiter.wait(0)
+        eventually(lambda: waiter.wait(0))
         assert not waiter.wait(NEVER)
 
 
 @pytest.mark.parametrize("timeout", [-1, 0, 0.05, 0.4])
 def test_a_wait_lasts_as_long_as_it_was_told(store: Store, timeout: float) -> None:
     with listening(store.engine) as waiter:
-        began = time.monotonic()
-        assert not waiter.wait(timeout)
-        assert max(timeout, 0) - 0.01 <= time.monotonic() - began < max(timeout, 0) + 0.3
+
+        def overrun() -> float:
+            began = time.monotonic()
+            assert not waiter.wait(timeout)
+            return time.monotonic() - began - max(timeout, 0)
+
+        overruns = [overrun()]
+        while min(overruns) >= 0.1:  # a stall lengthens some
+            assert len(overruns) < 20
+            overruns.append(overrun())
+        assert min(overruns) >= -0.01
 
 
 OTHER_PROCESS = """
@@ -202,10 +216,12 @@ def test_a_repository_that_schedules_rings_on_a_file(store: Store) -> None:
 
 def test_any_thread_can_ring(store: Store) -> None:
     with listening(store.engine) as waiter:
-        threading.Timer(0.1, waiter.inner.wake).start()
+        ringer = threading.Timer(0.1, waiter.inner.wake)
+        ringer.start()
         began = time.monotonic()
         assert waiter.wait(SOON)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < SOON / 2
+        ringer.join()
         assert not waiter.wait(0.05)
 
 
@@ -215,18 +231,22 @@ def test_close_ends_a_wait_and_leaves_nothing_behind(store: Store) -> None:
         threading.Timer(0.1, waiter.close).start()
         began = time.monotonic()
         assert waiter.wait(SOON)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < SOON / 2
         waiter.close()
         for _ in range(2):
             assert waiter.wait(SOON)  # a loop that waits once more is not held up
         assert waiter.tasks() == set()
-        assert [thread.name for thread in threading.enumerate() if thread.name == "aion-timers-wakeup"] == []
+        assert not listens(waiter)
         assert store.engine.pool.checkedout() == 0
         waiter.inner.wake()
     eventually(lambda: threading.active_count() <= threads)
     eventually(lambda: open_files() <= files)
     if not store.is_sqlite:
         eventually(lambda: not listeners(store))
+
+
+def listens(waiter: Waiter) -> bool:
+    return "aion-timers-wakeup" in {thread.name for thread in threading.enumerate()} | waiter.tasks()
 
 
 def open_files() -> int:
@@ -286,6 +306,56 @@ def test_it_connects_as_the_engine_does(store: Store, url: URL) -> None:
             assert connects == ["do_connect", "connect"]
 
 
+def test_a_close_that_comes_while_a_wait_ends_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    clear = threading.Event.clear
+
+    def interrupted(bell: threading.Event) -> None:
+        # as another thread might, just before the bell is silent again
+        waiter.close()
+        clear(bell)
+
+    with Wakeup(create_engine("sqlite://")) as waiter:
+        waiter.wake()
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Event, "clear", interrupted)
+            assert waiter.wait(SOON)
+        assert waiter.wait(0)
+
+
+def test_nobody_meets_a_dialect_that_its_first_connection_has_not_initialized_yet(store: Store, url: URL) -> None:
+    begun = threading.Event()
+    ended: list[bool] = []
+    with opened(store, url) as engine:
+        dialect = engine.dialect
+        initialize = dialect.initialize
+
+        def slow(connection: Any) -> None:
+            begun.set()
+            if store.is_async:
+                await_only(asyncio.sleep(0.3))
+            else:
+                time.sleep(0.3)
+            initialize(connection)
+            ended.append(True)
+
+        async def connect() -> None:
+            async with engine.connect():
+                assert ended
+
+        dialect.initialize = slow
+        with Waiter(engine) as waiter:
+            assert begun.wait(SOON)
+            if store.is_async:
+                waiter.run(connect())
+            else:
+                with engine.connect():
+                    assert ended
+            assert waiter.wait(SOON)
+            if store.is_async:
+                waiter.run(engine.dispose())
+    assert ended == [True]
+
+
 # -- PostgreSQL -------------------------------------------------------------------------------------------------------
 
 
@@ -300,6 +370,7 @@ def test_a_connection_that_is_killed_is_made_again(store: Store, caplog: pytest.
     caplog.set_level(logging.INFO, "aion_timers.wakeup")
     with listening(store.engine) as waiter:
         for _ in range(3):
+            eventually(lambda: len(listeners(store)) == 1)  # the server is slow to forget one that it has killed
             ((pid, _),) = listeners(store)
             store.sql("SELECT pg_terminate_backend(:pid)", pid=pid)
             assert waiter.wait(SOON)  # something may have come while nobody listened
@@ -314,11 +385,11 @@ def test_a_server_that_is_not_there_holds_nobody_up(store: Store, url: URL, capl
     nowhere = make_url(f"{url.drivername}://worker:s3cret@127.0.0.1:1/nowhere")
     with opened(store, nowhere) as engine, Waiter(engine) as waiter:
         began = time.monotonic()
-        assert not waiter.wait(0.5)
-        assert time.monotonic() - began < 1
+        eventually(lambda: bool(caplog.records))
+        assert not waiter.wait(0.1)
         waiter.inner.wake()
         assert waiter.wait(SOON)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < SOON / 2
     (record,) = [record for record in caplog.records if record.name == "aion_timers.wakeup"]
     assert record.levelname == "WARNING"
     assert "s3cret" not in record.getMessage()
@@ -374,8 +445,8 @@ class Proxy:
 def test_a_connection_that_died_in_silence_is_found_out(
     store: Store, url: URL, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(wakeup, "_PING_AFTER", 0.3)
-    monkeypatch.setattr(wakeup, "_PING_WITHIN", 0.5)
+    monkeypatch.setattr(wakeup, "_PING_AFTER", 0.2)
+    monkeypatch.setattr(wakeup, "_PING_WITHIN", 2.5)
     with Proxy(url) as proxy, opened(store, proxy.url) as engine, listening(engine) as waiter:
         assert not waiter.wait(1)  # answered some times, so it is let alone
         stirred(store)
@@ -423,8 +494,8 @@ def test_a_schema_that_a_hook_sets_is_kept_even_if_it_leaves_a_transaction_open(
 def test_it_waits_for_the_table_to_be_made(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     store.sql("ALTER TABLE timers RENAME TO gone")
     with Waiter(store.engine) as waiter:
-        assert not waiter.wait(NEVER)
-        assert "alembic upgrade head" in caplog.text
+        eventually(lambda: "alembic upgrade head" in caplog.text)
+        assert not waiter.wait(0)
         store.sql("ALTER TABLE gone RENAME TO timers")
         assert waiter.wait(SOON)
         stirred(store)
@@ -441,9 +512,8 @@ def test_it_holds_no_snapshot(store: Store) -> None:
             stirred(store)
             assert waiter.wait(SOON)
         with store.connection(isolation_level="AUTOCOMMIT") as connection:
-            # a reader of an old snapshot keeps the log from being emptied
-            busy, *_ = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
-            assert not busy
+            # a reader of an old snapshot keeps the log from being emptied, for longer than a look at the version does
+            eventually(lambda: connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0] == 0)
 
 
 @pytest.mark.parametrize("backend", ["sqlite", "aiosqlite"], indirect=True)
@@ -460,31 +530,44 @@ def test_a_writer_without_wal_is_waited_for_and_no_outage(store: Store, caplog: 
         with store.connection(isolation_level="AUTOCOMMIT") as connection:
             connection.exec_driver_sql("BEGIN EXCLUSIVE")
             assert not waiter.wait(NEVER)
-            began = time.monotonic()
             waiter.close()
-            assert time.monotonic() - began < 1
+            assert not listens(waiter)
             connection.exec_driver_sql("ROLLBACK")
     assert caplog.records == []
 
 
 @ASYNC_FILES
-def test_the_event_loop_goes_on_while_a_file_is_asked(url: URL) -> None:
-    async def longest_pause() -> float:
-        engine: Any = open_engine(url)
-        pauses = []
-        async with AsyncWakeup(engine) as waiter:
-            waiting = asyncio.ensure_future(waiter.wait(SOON))
-            assert await waiting
-            # the driver is slow to answer, or would be: the loop is not what it keeps
-            for _ in range(100):
-                began = time.perf_counter()
-                await asyncio.sleep(0.005)
-                pauses.append(time.perf_counter() - began)
-        await engine.dispose()
-        return sorted(pauses)[90]
+def test_the_event_loop_goes_on_while_a_file_is_asked(url: URL, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = 0
+    during: list[int] = []
 
+    def slow(statement: str) -> None:
+        if "data_version" in statement:
+            before = turns
+            time.sleep(0.2)
+            during.append(turns - before)
+
+    async def ask() -> None:
+        nonlocal turns
+        engine: Any = open_engine(url)
+        if engine.dialect.driver == "aiosqlite":
+
+            @event.listens_for(engine.sync_engine, "connect")
+            def trace(connection: Any, _: object) -> None:
+                await_only(connection.driver_connection.set_trace_callback(slow))
+
+        end = time.monotonic() + SOON
+        async with AsyncWakeup(engine):
+            while max(during, default=0) < 5:
+                assert time.monotonic() < end, during
+                await asyncio.sleep(0.005)
+                turns += 1
+        await engine.dispose()
+
+    execute = dbapi.Cursor.execute
+    monkeypatch.setattr(dbapi.Cursor, "execute", lambda *arguments: slow(arguments[1]) or execute(*arguments))
     with asyncio.Runner() as runner:
-        assert runner.run(longest_pause()) < 0.03
+        runner.run(ask())
 
 
 @pytest.mark.parametrize("driver", ["sqlite+libsql", "sqlite", "sqlite+aiolibsql", "sqlite+aiosqlite"])
@@ -522,6 +605,32 @@ def test_a_wait_that_is_cancelled_keeps_what_rings(store: Store) -> None:
             assert await waiter.wait(SOON)
 
     store.runner.run(scenario())
+
+
+@pytest.mark.parametrize("backend", ["aiosqlite"], indirect=True)
+def test_close_waits_for_a_file_that_is_being_opened(url: URL, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, ended = threading.Event(), threading.Event()
+    connect = sqlite3.connect
+
+    def slow(*args: Any, **kwargs: Any) -> sqlite3.Connection:
+        begun.set()
+        time.sleep(0.3)
+        connection = connect(*args, **kwargs)
+        ended.set()
+        return connection
+
+    async def scenario() -> None:
+        async with AsyncWakeup(engine):
+            while not begun.is_set():  # noqa: ASYNC110 - a thread sets it
+                await asyncio.sleep(0.005)
+        # otherwise its thread might have news for a loop that has ended
+        assert ended.is_set()
+
+    engine: Any = open_engine(url)
+    threads = threading.active_count()
+    monkeypatch.setattr(sqlite3, "connect", slow)
+    asyncio.run(scenario())
+    eventually(lambda: threading.active_count() <= threads)
 
 
 @pytest.mark.parametrize("backend", sorted(ASYNC_DRIVERS), indirect=True)
