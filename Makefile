@@ -1,13 +1,13 @@
 # Every command of the project. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench soak clean
+.PHONY: help demo test check bench bench-peers soak clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
@@ -20,7 +20,7 @@ demo: .venv/ready ## show timers in a libSQL file: kept through kills, and fired
 	$(BIN)/python -m examples.order_reminders
 
 test: .venv/ready ## run all tests, on libSQL, SQLite and a PostgreSQL server of their own
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 3
 
 check: .venv/ready ## formatting, lint, types, layers, docs and examples, and the built wheel in a fresh environment
 	$(BIN)/ruff format --check .
@@ -31,11 +31,20 @@ check: .venv/ready ## formatting, lint, types, layers, docs and examples, and th
 	$(BIN)/python -m build --quiet --outdir dist
 	$(BIN)/python tests/wheel.py dist
 
-bench: .venv/ready ## compare with the raw drivers; prints ratios
+bench: .venv/ready ## compare with the raw drivers, and measure dispatchers; prints ratios
 	$(BIN)/python benchmarks/floors.py
+	$(BIN)/python benchmarks/dispatch.py
+
+.venv-peers/ready: benchmarks/peers/constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --constraint benchmarks/peers/constraints.txt 'pgqueuer[asyncpg]' apscheduler sqlalchemy 'psycopg[binary]'
+	touch $@
+
+bench-peers: .venv/ready .venv-peers/ready ## compare with others that fire jobs from PostgreSQL, in an environment of their own
+	$(BIN)/python benchmarks/compare.py .venv-peers/bin/python
 
 soak: .venv/ready ## the longer crash and scale runs
 	$(BIN)/python -m pytest -m slow
 
 clean: ## remove what the other targets made
-	rm -rf .venv dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-peers dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -49,7 +49,6 @@ _CHUNK: Final = 1000
 _MOST_ROWS: Final = 2**63 - 1
 _MOST_REPORTED: Final = 10_000
 _MOST_IN_FLIGHT: Final = 512
-_UNKNOWN: Final[Row] = (None, None, False, False)
 _LONGEST_LEASE: Final = timedelta(days=366)
 
 _log = logging.getLogger(__name__)
@@ -345,7 +344,7 @@ def _take(dialect: Name, forget: Forget, due: _Due) -> Operation[list[TimerEntry
         statement = statements.delete_rows(clocked=due.now is not None)
         taken = [timer for _, timer in (yield from _change_decoded(due, statement, statements.at(due.now)))]
     else:
-        rows = (yield statements.take(**due.flags()), due.parameters(dialect)).all()
+        rows = _raw_rows((yield statements.take(**due.flags()), due.parameters(dialect)))
         taken = _all_decoded(dialect, sorted(rows, key=statements.order))
     forget((timer.workflow_id, timer.timer_id) for timer in taken)
     return taken
@@ -357,12 +356,20 @@ def _claim(dialect: Name, forget: Forget, due: _Due, lease: timedelta) -> Operat
     if dialect == SQLITE:
         statement = statements.lease_rows(clocked=due.now is not None)
         found = yield from _change_decoded(due, statement, {**parameters, **statements.at(due.now)})
+        claims = [Claim(timer, token, row[3]) for row, timer in found]
     else:
-        rows = (yield statements.claim(**due.flags()), {**due.parameters(dialect), **parameters}).all()
-        found = list(_decoded(dialect, sorted(rows, key=statements.order)))
-    claims = [Claim(timer, token, row[3]) for row, timer in found]
+        rows = _raw_rows((yield statements.claim(**due.flags()), {**due.parameters(dialect), **parameters}))
+        claims = _claimed(dialect, sorted(rows, key=statements.order), token)
     forget(_place(claim) for claim in claims)
     return claims
+
+
+def _claimed(dialect: Name, rows: Sequence[Row], token: UUID) -> list[Claim]:
+    decode = statements.decoder(dialect)
+    try:
+        return [Claim(decode(*timer), token, attempt) for *timer, attempt in rows]
+    except NotCanonicalError:
+        return [Claim(timer, token, row[3]) for row, timer in _decoded(dialect, rows)]
 
 
 def _change_decoded(due: _Due, change: Executable, parameters: Parameters) -> Operation[list[tuple[Row, TimerEntry]]]:
@@ -373,12 +380,12 @@ def _change_decoded(due: _Due, change: Executable, parameters: Parameters) -> Op
     changed: list[tuple[Row, TimerEntry]] = []
     fetch = due.limit
     while True:
-        rows = (yield statement, {**ready, "limit": fetch}).all()
+        rows = _raw_rows((yield statement, {**ready, "limit": fetch}))
         ours = list(islice(_decoded(SQLITE, rows), due.limit - len(changed)))
         back = {}
         if ours:
-            result = yield change, {**parameters, **statements.raw_rows(row for row, _ in ours)}
-            back = {tuple(row[:3]): row for row in result.all()}
+            given = statements.raw_rows(row for row, _ in ours)
+            back = {row[:3]: row for row in _raw_rows((yield change, {**parameters, **given}))}
         # outside a transaction another one may have had some of them meanwhile
         changed += [(back[row], timer) for row, timer in ours if row in back]
         if len(changed) >= due.limit or len(rows) < fetch:
@@ -397,22 +404,35 @@ def _settle(
     dialect: Name, forget: Forget, /, claims: Sequence[Claim], how: Settle, parameters: Parameters, **how_exactly: bool
 ) -> Operation[Settlement]:
     statement = statements.settle(dialect, how, **how_exactly)
-    fates: dict[Claim, list[Claim]] = {}
     done: list[Claim] = []
     busy: list[Claim] = []
     lost: list[Claim] = []
-    left = dict.fromkeys(claims)
+    fates = [lost] * len(claims)
+    left: Sequence[int] = range(len(claims))
+    twins: list[tuple[int, int]] = []
     while left:
-        # of two claims on one timer at most one is alive, and the answer names only the timer
-        now = {_place(claim): claim for claim in left}
-        rows = (yield statement, {**statements.claims(dialect, now.values()), **parameters}).all()
-        answers: dict[Key, Row] = {statements.settled_key(dialect, row): row for row in rows}
-        for place, claim in now.items():
-            _, _, is_done, is_held = answers.get(place, _UNKNOWN)
-            fates[claim] = done if is_done else busy if is_held else lost
-            del left[claim]
-    for claim in claims:
-        fates[claim].append(claim)
+        # of two claims on one timer at most one is alive: they are asked for one after the other
+        first: dict[tuple[int, str], int] = {}
+        others = []
+        for number in left:
+            timer = claims[number].timer
+            earlier = first.setdefault((timer.workflow_id.int, encode_timer_id(timer.timer_id)), number)
+            if earlier == number:
+                continue
+            if claims[earlier] == claims[number]:
+                twins.append((number, earlier))
+            else:
+                others.append(number)
+        numbers = list(first.values())
+        asked = [claims[number] for number in numbers]
+        rows = _raw_rows((yield statement, {**statements.claims(dialect, asked), **parameters}))
+        for place, is_done in statements.settled(dialect, asked, rows):
+            fates[numbers[place]] = done if is_done else busy
+        left = others
+    for number, earlier in twins:
+        fates[number] = fates[earlier]
+    for claim, fate in zip(claims, fates, strict=True):
+        fate.append(claim)
     forget(_place(claim) for claim in claims)
     return Settlement(tuple(done), tuple(busy), tuple(lost))
 

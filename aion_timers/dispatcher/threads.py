@@ -309,6 +309,10 @@ class Round:
         if self._books.once:
             yield
             return
+        # SQLAlchemy asks a database on the first connection of an engine what it is, and lets only connections of the
+        # same pool wait for the answer: the listener, which has another pool, must not come first
+        with suppress(Exception):  # which the loop will meet, too
+            self._engine.connect().close()
         with Wakeup(self._engine) as wakeup:
             thread = threading.Thread(target=self._hear, args=(wakeup,), name="aion-timers-hints", daemon=True)
             thread.start()

@@ -1125,6 +1125,24 @@ def test_a_stop_during_an_outage_ends_when_nothing_is_held(
         running.stop()
 
 
+def test_an_engine_that_nobody_has_used_yet_serves(store: Store, dispatchers: Dispatchers) -> None:
+    def slow(engine: Engine) -> None:
+        # the first connection of an engine asks the database what it is, and a second one must not come before that
+        initialize = engine.dialect.initialize
+
+        def take_time(connection: Any) -> None:
+            time.sleep(0.2)
+            initialize(connection)
+
+        engine.dialect.initialize = take_time  # type: ignore[method-assign] # of this engine's own dialect
+
+    dispatchers.on_engine = slow
+    schedule(store, "a")
+    seen: list[Any] = []
+    with dispatchers.running({"a": lambda delivery: seen.append(delivery.name)}):
+        wait_until(lambda: seen == ["a"])
+
+
 def test_a_table_that_is_gone_ends_the_run_with_the_cure(store: Store, dispatchers: Dispatchers) -> None:
     store.sql("DROP TABLE timers")
     for handlers in (lambda _: None, {"a": lambda _: None}):
