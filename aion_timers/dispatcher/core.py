@@ -530,7 +530,7 @@ class Books(Generic[D]):
         if self._outcomes:
             ends.append(self._busy_until)
         if self._waiting.qsize():
-            ends.append(now + pacing.STUCK_CHECK)
+            ends.append(now + pacing.STUCK)
         return Move("wait", seconds=max(0.0, min(ends) - now))
 
     def _longest(self) -> float:

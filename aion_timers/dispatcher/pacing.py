@@ -17,8 +17,14 @@ SHORTEST_TICK: Final = timedelta(milliseconds=50)
 TICKS: Final = 3
 """How often a lease is extended before it runs out."""
 
+STUCK: Final = 0.1
+"""Seconds after which timers that wait here for a handler, of which none has started, are given back."""
+CONFIRM_TRIES: Final = 10
+YIELD: Final = 0.001
+"""Seconds that a loop leaves a file to others between two transactions."""
+LONG: Final = 3600.0
+
 _AHEAD: Final = 0.02
-_STUCK: Final = 0.1
 _SHORTEST_RUN: Final = 1e-6
 _WEIGHT: Final = 0.2
 _FIRST_NAP: Final = timedelta(milliseconds=1)
@@ -147,10 +153,7 @@ def typical_run(typical: float | None, seconds: float) -> float:
 
 def stuck(seconds: float) -> bool:
     """Whether timers that wait here for a handler, of which none has started for so long, are better given back."""
-    return seconds >= _STUCK
-
-
-STUCK_CHECK: Final = _STUCK
+    return seconds >= STUCK
 
 
 def passes(error: BaseException) -> bool:

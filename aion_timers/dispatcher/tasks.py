@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from sqlalchemy.exc import DBAPIError
 
@@ -40,10 +40,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R", bound="Round")
 AsyncHandler: TypeAlias = "Callable[[AsyncDelivery], Awaitable[object]]"
-
-_CONFIRM_TRIES: Final = 10
-_YIELD: Final = 0.001
-_LONG: Final = 3600.0
 
 _log = logging.getLogger("aion_timers.dispatcher")
 
@@ -206,7 +202,6 @@ class Round:
         self._is_sqlite = engine.dialect.name == "sqlite"
         self._ready: asyncio.Queue[AsyncDelivery | None] = asyncio.Queue()
         self._over = asyncio.Event()
-        self._begun = False
         self._task = _current_task()
         self._cancellations = self._task.cancelling()
         self._aborted = False
@@ -233,15 +228,15 @@ class Round:
             for number in range(self._settings.concurrency)
         ]
         try:
-            async with AsyncExitStack() as listening:
+            async with self._listening():
                 try:
-                    await self._loop(stopped, listening)
+                    await self._loop(stopped)
                 except BaseException:
                     self._aborted = books.stopping = True
                     for worker in workers:
                         worker.cancel()
                     await asyncio.gather(*workers, return_exceptions=True)
-                    await self._loop(stopped, listening)
+                    await self._loop(stopped)
                     raise
         finally:
             for _ in workers:
@@ -252,7 +247,7 @@ class Round:
             raise books.error
         return books.handled
 
-    async def _loop(self, stopped: Callable[[], bool], listening: AsyncExitStack) -> None:
+    async def _loop(self, stopped: Callable[[], bool]) -> None:
         books = self._books
         while True:
             if not self._aborted and self._task.cancelling() > self._cancellations:
@@ -269,15 +264,10 @@ class Round:
             except Exception as error:  # noqa: BLE001 - told apart there
                 books.failed(error)
                 continue
-            if not self._begun:
-                self._begun = True
-                # not before: an engine's first connection tells its dialect of the server, and another task that
-                # connects meanwhile would use a dialect that knows nothing yet
-                await listening.enter_async_context(self._listening())
             for delivery in books.apply(turn):
                 self._ready.put_nowait(delivery)
             # a file has one writer, and others have to have their turn
-            await asyncio.sleep(_YIELD if self._is_sqlite else 0)
+            await asyncio.sleep(pacing.YIELD if self._is_sqlite else 0)
 
     async def _wait(self, seconds: float) -> None:
         if seconds > 0:
@@ -292,9 +282,6 @@ class Round:
         if self._books.once:
             yield
             return
-        # as in the thread loop, so that the listener is not the first to connect
-        with suppress(Exception):
-            await (await self._engine.connect()).close()
         async with AsyncWakeup(self._engine) as wakeup:
             task = asyncio.create_task(self._hear(wakeup), name="aion-timers-hints")
             try:
@@ -305,7 +292,7 @@ class Round:
 
     async def _hear(self, wakeup: AsyncWakeup) -> None:
         while True:
-            if await wakeup.wait(_LONG):
+            if await wakeup.wait(pacing.LONG):
                 self._books.hint = True
                 self.ring()
 
@@ -381,14 +368,14 @@ class Round:
             await session.close()
 
     async def _confirm(self, session: AsyncSession, timers: AsyncTimerRepository, delivery: AsyncDelivery) -> None:
-        for tries in range(1, _CONFIRM_TRIES + 1):
+        for tries in range(1, pacing.CONFIRM_TRIES + 1):
             try:
                 if not session.in_transaction():
                     await session.begin()
                 await session.connection(**opening(self._engine.sync_engine))
                 await timers.confirm(delivery.claim)
             except DBAPIError as error:
-                if tries == _CONFIRM_TRIES or not pacing.conflicts(error):
+                if tries == pacing.CONFIRM_TRIES or not pacing.conflicts(error):
                     raise
                 await session.rollback()
                 await asyncio.sleep(pacing.outage_pause(1))

@@ -7,9 +7,9 @@ import logging
 import queue
 import threading
 import time
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import DBAPIError
@@ -41,10 +41,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R", bound="Round")
 Handler: TypeAlias = "Callable[[Delivery], object]"
-
-_CONFIRM_TRIES: Final = 10
-_YIELD: Final = 0.001
-_LONG: Final = 3600.0
 
 _log = logging.getLogger("aion_timers.dispatcher")
 
@@ -237,7 +233,6 @@ class Round:
         self._is_sqlite = engine.dialect.name == "sqlite"
         self._ready: queue.SimpleQueue[Delivery | None] = queue.SimpleQueue()
         self._over = threading.Event()
-        self._begun = False
         self._books: Books[Delivery] = Books(
             settings,
             routes,
@@ -261,12 +256,12 @@ class Round:
         for thread in threads:
             thread.start()
         try:
-            with ExitStack() as listening:
+            with self._listening():
                 try:
-                    self._loop(stopped, listening)
+                    self._loop(stopped)
                 except BaseException:
                     books.stopping = True
-                    self._loop(stopped, listening)
+                    self._loop(stopped)
                     raise
         finally:
             for _ in targets:
@@ -278,7 +273,7 @@ class Round:
             raise books.error
         return books.handled
 
-    def _loop(self, stopped: Callable[[], bool], listening: ExitStack) -> None:
+    def _loop(self, stopped: Callable[[], bool]) -> None:
         books = self._books
         while True:
             books.stopping = books.stopping or stopped()
@@ -293,26 +288,17 @@ class Round:
             except Exception as error:  # noqa: BLE001 - told apart there
                 books.failed(error)
                 continue
-            if not self._begun:
-                self._begun = True
-                # not before: an engine's first connection tells its dialect of the server, and another thread that
-                # connects meanwhile would use a dialect that knows nothing yet
-                listening.enter_context(self._listening())
             for delivery in books.apply(turn):
                 self._ready.put(delivery)
             if self._is_sqlite:
                 # a file has one writer, and others have to have their turn
-                self._bell.wait(_YIELD)
+                self._bell.wait(pacing.YIELD)
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
         if self._books.once:
             yield
             return
-        # SQLAlchemy asks a database on the first connection of an engine what it is, and lets only connections of the
-        # same pool wait for the answer: the listener, which has another pool, must not come first
-        with suppress(Exception):  # which the loop will meet, too
-            self._engine.connect().close()
         with Wakeup(self._engine) as wakeup:
             thread = threading.Thread(target=self._hear, args=(wakeup,), name="aion-timers-hints", daemon=True)
             thread.start()
@@ -325,7 +311,7 @@ class Round:
 
     def _hear(self, wakeup: Wakeup) -> None:
         while not self._over.is_set():
-            if wakeup.wait(_LONG):
+            if wakeup.wait(pacing.LONG):
                 self._books.hint = True
                 self._bell.ring()
 
@@ -374,14 +360,14 @@ class Round:
             session.close()
 
     def _confirm(self, session: Session, timers: TimerRepository, delivery: Delivery) -> None:
-        for tries in range(1, _CONFIRM_TRIES + 1):
+        for tries in range(1, pacing.CONFIRM_TRIES + 1):
             try:
                 if not session.in_transaction():
                     session.begin()
                 session.connection(**opening(self._engine))
                 timers.confirm(delivery.claim)
             except DBAPIError as error:
-                if tries == _CONFIRM_TRIES or not pacing.conflicts(error):
+                if tries == pacing.CONFIRM_TRIES or not pacing.conflicts(error):
                     raise
                 session.rollback()
                 time.sleep(pacing.outage_pause(1))
