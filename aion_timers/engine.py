@@ -165,9 +165,7 @@ def _prepare_connection(driver: Any) -> None:  # noqa: ANN401 - sqlite3's or SQL
 # -- what a refusal means ---------------------------------------------------------------------------------------------
 
 _OUR_TABLE: Final = re.compile(r"(?:no such table: |relation \"|table )(?:\w+\.)?timers\b")
-_OUR_COLUMN: Final = re.compile(
-    r"column:? \"?(?:timers\.)?(?:workflow_id|timer_id|fire_at|lease_token|lease_until|attempts)\b"
-)
+_OUR_COLUMN: Final = re.compile(r"column:? \"?(?:timers\.)?(?:workflow_id|timer_id|fire_at|lease_token|lease_until)\b")
 _READ_ONLY: Final = re.compile(r"attempt to write a readonly database")
 _NO_FILE: Final = re.compile(r"unable to open (?:the )?database|can't be opened", re.IGNORECASE)
 _NO_DATABASE: Final = re.compile(r"file is not a database")

@@ -352,13 +352,18 @@ def test_a_database_that_an_older_version_migrated_names_the_command(store: Stor
 
 
 @pytest.mark.parametrize("backend", ["psycopg", "psycopg_async", "asyncpg"], indirect=True)
-def test_a_table_that_the_hosts_own_trigger_misses_is_not_taken_for_ours(store: Store) -> None:
-    store.sql(
-        "CREATE FUNCTION audit() RETURNS trigger LANGUAGE plpgsql AS"
-        " 'BEGIN INSERT INTO missing_audit VALUES (1); RETURN NEW; END'"
-    )
+@pytest.mark.parametrize(
+    ("statement", "missing"),
+    [
+        ("INSERT INTO missing_audit VALUES (1)", "missing_audit"),
+        ("INSERT INTO audit VALUES (attempts)", 'column "attempts" does not exist'),
+    ],
+)
+def test_what_the_hosts_own_trigger_misses_is_not_taken_for_ours(store: Store, statement: str, missing: str) -> None:
+    store.sql("CREATE TABLE audit (number integer)")
+    store.sql(f"CREATE FUNCTION audit() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN {statement}; RETURN NEW; END'")
     store.sql("CREATE TRIGGER audit BEFORE INSERT ON timers FOR EACH ROW EXECUTE FUNCTION audit()")
-    with pytest.raises(Exception, match="missing_audit") as caught, store.timers() as timers:
+    with pytest.raises(Exception, match=missing) as caught, store.timers() as timers:
         timers.schedule(ALPHA, "a", NOW)
     assert not isinstance(caught.value, TimerStoreError)
 
