@@ -12,18 +12,16 @@ from sqlalchemy import make_url
 from aion_timers import AsyncDispatcher, Dispatcher
 from tests.conftest import open_engine
 
-FIRED, EARLY_KIB, LATE_KIB = 0, 1, 2
-WARMED_UP = 1000
+FIRED, PEAK_KIB = 0, 1
 
 
 def fire(url: str, counts: MutableSequence[int]) -> None:
-    """Fire until it is killed; count the handlers, and how much memory was needed at first and then."""
+    """Fire until it is killed; count the handlers, and how much memory was needed so far."""
     engine: Any = open_engine(make_url(url))
 
     def handle(_: Any) -> None:
         counts[FIRED] += 1
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        counts[EARLY_KIB if counts[FIRED] <= WARMED_UP else LATE_KIB] = peak
+        counts[PEAK_KIB] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     async def handle_async(delivery: Any) -> None:
         handle(delivery)
