@@ -18,27 +18,19 @@ from sqlalchemy.util import await_only, greenlet_spawn
 
 from aion_timers import AsyncDispatcher, AsyncTimerRepository, Dispatcher, TimerRepository
 from tests.conftest import open_engine
-from tests.store import ASYNC_DRIVERS
+from tests.store import ASYNC_DRIVERS, Blocking
 
 LIMIT = 60.0  # seconds that nothing takes, however busy the machine is
 
 
-class Awaiting:
+class Awaiting(Blocking):
     """An async object whose methods await their result where they are called, in a greenlet of SQLAlchemy's."""
 
     def __init__(self, wrapped: Any) -> None:
         self.wrapped = wrapped
 
-    def __getattr__(self, name: str) -> Any:
-        attribute = getattr(self.wrapped, name)
-        if not callable(attribute):
-            return attribute
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            result = attribute(*args, **kwargs)
-            return await_only(result) if asyncio.iscoroutine(result) else result
-
-        return call
+    def _wait(self, awaitable: Any) -> Any:
+        return await_only(awaitable)
 
 
 class Fired:

@@ -36,9 +36,12 @@ class Blocking:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             result = attribute(*args, **kwargs)
-            return self._runner.run(_wait(result)) if inspect.isawaitable(result) else result
+            return self._wait(result) if inspect.isawaitable(result) else result
 
         return call
+
+    def _wait(self, awaitable: Any) -> Any:
+        return self._runner.run(_wait(awaitable))
 
 
 class Store:

@@ -83,9 +83,7 @@ class Tally:
     seconds: int = 0
 
     def __str__(self) -> str:
-        return "  ".join(
-            f"{name} {round(value, 1) if isinstance(value, float) else value}" for name, value in vars(self).items()
-        )
+        return "  ".join(f"{name} {value}" for name, value in vars(self).items())
 
 
 class Workers:
