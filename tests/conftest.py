@@ -100,6 +100,21 @@ def _admin(server: URL) -> psycopg.Connection[Any]:
     return psycopg.connect(server.render_as_string(hide_password=False), autocommit=True)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what the long runs have counted: a table for each name that they recorded a row under."""
+    tables: dict[str, list[dict[str, object]]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", "") == "call":
+                for name, row in report.user_properties:
+                    tables.setdefault(name, []).append(row)
+    for name, rows in tables.items():
+        terminalreporter.section(name)
+        widths = {column: max(len(column), *(len(str(row[column])) for row in rows)) for column in rows[0]}
+        for line in [{column: column for column in widths}, *rows]:
+            terminalreporter.write_line("  ".join(str(line[column]).rjust(width) for column, width in widths.items()))
+
+
 @pytest.fixture(scope="session")
 def timers_postgres_server(postgres_server: URL) -> URL:
     """The server that the library's own fixtures use here."""

@@ -20,7 +20,7 @@ from tests.conftest import open_engine
 LEASE = timedelta(seconds=1)
 ROUNDS = 3
 STEP = timedelta(milliseconds=10)
-HANDLERS, TRANSACTIONS = 0, 1
+HANDLERS, TRANSACTIONS, COMMITS = STAGES = range(3)
 
 metadata = MetaData()
 EFFECTS = Table(
@@ -34,6 +34,9 @@ EFFECTS = Table(
     Column("round", Integer, nullable=False),
 )
 """What handlers have done. Nothing in it is unique: an effect that happened twice is there twice."""
+
+ORDERS = Table("orders", metadata, Column("workflow_id", Uuid, nullable=False))
+"""What the application commits together with the timers of a workflow."""
 
 Work = Callable[[Session, Any, int], None]
 
@@ -92,73 +95,85 @@ PLAIN = "plain"
 """The name of timers whose handler has no transaction of the delivery's, and may run twice."""
 
 
-class Inside:
-    """Counts in shared memory how many handlers of this process run, and how many are in their transaction."""
+class Stages:
+    """Counts in shared memory how many handlers of this process are before, in, and at the end of a transaction."""
 
     def __init__(self, counts: MutableSequence[int]) -> None:
         self._counts = counts
         self._lock = threading.Lock()
 
     @contextmanager
-    def __call__(self, what: int) -> Iterator[None]:
-        """While the block runs, it counts."""
+    def __call__(self) -> Iterator[Callable[[int], None]]:
+        """A handler, which says what stage it has come to."""
+        now = HANDLERS
+
+        def come_to(stage: int) -> None:
+            nonlocal now
+            with self._lock:
+                self._counts[now] -= 1
+                self._counts[stage] += 1
+            now = stage
+
         with self._lock:
-            self._counts[what] += 1
+            self._counts[HANDLERS] += 1
         try:
-            yield
+            yield come_to
         finally:
             with self._lock:
-                self._counts[what] -= 1
+                self._counts[now] -= 1
 
 
 def fire_until_killed(url: str, counts: MutableSequence[int]) -> None:
     """What a worker does."""
     logging.disable(logging.ERROR)  # failures are meant
     engine: Any = open_engine(make_url(url))
-    inside = Inside(counts)
+    stages = Stages(counts)
     options: dict[str, Any] = {
         "concurrency": 4,
         "lease": LEASE,
         "retry": Backoff(first=timedelta(seconds=0.05), longest=timedelta(seconds=0.2)),
     }
     if not hasattr(engine, "sync_engine"):
-        Dispatcher(sessionmaker(engine), _threads(engine, inside), **options).run()
+        Dispatcher(sessionmaker(engine), _threads(engine, stages), **options).run()
         return
-    asyncio.run(AsyncDispatcher(async_sessionmaker(engine), _tasks(engine, inside), **options).run())
+    asyncio.run(AsyncDispatcher(async_sessionmaker(engine), _tasks(engine, stages), **options).run())
 
 
-def _threads(engine: Any, inside: Inside) -> dict[str, Any]:
+def _threads(engine: Any, stages: Stages) -> dict[str, Any]:
     def adapted(work: Work) -> Callable[[Any], None]:
         def handle(delivery: Any) -> None:
-            with inside(HANDLERS):
+            with stages() as come_to:
                 with Session(engine) as session:
                     before = rounds(session, delivery)
-                with delivery.transaction() as session, inside(TRANSACTIONS):
+                with delivery.transaction() as session:
+                    come_to(TRANSACTIONS)
                     work(session, delivery, before)
+                    come_to(COMMITS)
 
         return handle
 
     def plain(delivery: Any) -> None:
-        with inside(HANDLERS), Session(engine) as session, session.begin():
+        with stages(), Session(engine) as session, session.begin():
             record(session, delivery, 0)
 
     return {name: adapted(work) for name, work in IN_TRANSACTION.items()} | {PLAIN: plain}
 
 
-def _tasks(engine: Any, inside: Inside) -> dict[str, Any]:
+def _tasks(engine: Any, stages: Stages) -> dict[str, Any]:
     def adapted(work: Work) -> Any:
         async def handle(delivery: Any) -> None:
-            with inside(HANDLERS):
+            with stages() as come_to:
                 async with AsyncSession(engine) as session:
                     before = await session.run_sync(rounds, delivery)
                 async with delivery.transaction() as session:
-                    with inside(TRANSACTIONS):
-                        await session.run_sync(work, delivery, before)
+                    come_to(TRANSACTIONS)
+                    await session.run_sync(work, delivery, before)
+                    come_to(COMMITS)
 
         return handle
 
     async def plain(delivery: Any) -> None:
-        with inside(HANDLERS):
+        with stages():
             async with async_sessionmaker(engine).begin() as session:
                 await session.run_sync(record, delivery, 0)
 

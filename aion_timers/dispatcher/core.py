@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
-from sqlalchemy import Engine, delete
+from sqlalchemy import Connection, Engine, delete
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.pool import Pool, QueuePool, SingletonThreadPool, StaticPool
 
@@ -42,6 +42,8 @@ _WRITE: Final = delete(Timer)
 _LONGEST_LEASE: Final = timedelta(days=366)
 _CLOCK_IS_FRESH: Final = 1.0
 _BUSY_PAUSE: Final = 0.02
+_PLANS_LAST: Final = 2.0
+_PLANNED: Final = "aion_timers_planned"
 _SPARED: Final = 6
 _SHOWN: Final = 5
 # in a row, until a single round lets its caller know
@@ -759,3 +761,20 @@ def opening(engine: Engine) -> dict[str, Any]:
 def _autocommits(engine: Engine) -> bool:
     level: Any = engine.get_execution_options().get("isolation_level")
     return "AUTOCOMMIT" in {level, getattr(engine.dialect, "_on_connect_isolation_level", None)}
+
+
+# -- plans ------------------------------------------------------------------------------------------------------------
+
+
+def renew_plans(connection: Connection) -> None:
+    """Let PostgreSQL plan anew what it has prepared for this connection, if that is more than a moment ago.
+
+    A plan that it keeps was the best one when it was made. Made while next to nothing was waiting, it reads the whole
+    table for a single timer, and a storm would be met so until the next ANALYZE, a minute or more.
+    """
+    if connection.dialect.name != "postgresql":
+        return
+    now = time.monotonic()
+    if now - connection.info.setdefault(_PLANNED, now) >= _PLANS_LAST:
+        connection.exec_driver_sql("DISCARD PLANS")
+        connection.info[_PLANNED] = now

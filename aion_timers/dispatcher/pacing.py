@@ -12,7 +12,7 @@ from aion_timers.errors import InvalidInputError, StoreUnavailableError
 FLOOR: Final = timedelta(milliseconds=20)
 """How long nothing is asked after a claim that found nothing, though something is due."""
 
-DEFAULT_BATCH: Final = 100
+DEFAULT_BATCH: Final = 500
 SHORTEST_TICK: Final = timedelta(milliseconds=50)
 TICKS: Final = 3
 """How often a lease is extended before it runs out."""

@@ -23,6 +23,7 @@ from aion_timers.dispatcher.core import (
     engine_of,
     isolated,
     opening,
+    renew_plans,
     require_held,
 )
 from aion_timers.errors import InvalidInputError, LeaseLost, UnsupportedBindError
@@ -372,7 +373,8 @@ class Round:
             try:
                 if not session.in_transaction():
                     await session.begin()
-                await session.connection(**opening(self._engine.sync_engine))
+                connection = await session.connection(**opening(self._engine.sync_engine))
+                await connection.run_sync(renew_plans)
                 await timers.confirm(delivery.claim)
             except DBAPIError as error:
                 if tries == pacing.CONFIRM_TRIES or not pacing.conflicts(error):
@@ -396,6 +398,8 @@ class Round:
     async def _transact(self, calls: Generator[Call, Any, T], *, own: bool = True) -> T:
         engine = self._own if own else self._engine
         async with engine.connect() as connection:
+            if own:
+                await connection.run_sync(renew_plans)
             result = await _driven(calls, AsyncTimerRepository(connection, clock=self._clock))
             await connection.commit()
             return result

@@ -27,6 +27,7 @@ from aion_timers.dispatcher.core import (
     engine_of,
     isolated,
     opening,
+    renew_plans,
     require_held,
 )
 from aion_timers.errors import InvalidInputError, LeaseLost, UnsupportedBindError
@@ -114,7 +115,7 @@ class Dispatcher:
             ``*`` after them, to functions: then only these timers are claimed. An exact name comes before a beginning,
             and of two beginnings the longer one.
         concurrency: how many handlers run at once.
-        batch: how many timers one claim takes at most; by default 100, or ``concurrency`` if that is more. No more are
+        batch: how many timers one claim takes at most; by default 500, or ``concurrency`` if that is more. No more are
             claimed than can start within a moment, as the handlers have shown so far.
         lease: how long a claim holds its timer. It is extended while the handler runs, so it only decides how soon
             another process takes over from one that died.
@@ -364,7 +365,7 @@ class Round:
             try:
                 if not session.in_transaction():
                     session.begin()
-                session.connection(**opening(self._engine))
+                renew_plans(session.connection(**opening(self._engine)))
                 timers.confirm(delivery.claim)
             except DBAPIError as error:
                 if tries == pacing.CONFIRM_TRIES or not pacing.conflicts(error):
@@ -388,6 +389,8 @@ class Round:
     def _transact(self, calls: Generator[Call, Any, T], *, own: bool = True) -> T:
         engine = self._own if own else self._engine
         with engine.connect() as connection:
+            if own:
+                renew_plans(connection)
             result = _driven(calls, TimerRepository(connection, clock=self._clock))
             connection.commit()
             return result
