@@ -407,7 +407,7 @@ def _settle(
     done: list[Claim] = []
     busy: list[Claim] = []
     lost: list[Claim] = []
-    fates = [lost] * len(claims)
+    fates = [done] * len(claims)
     left: Sequence[int] = range(len(claims))
     twins: list[tuple[int, int]] = []
     while left:
@@ -426,8 +426,8 @@ def _settle(
         numbers = list(first.values())
         asked = [claims[number] for number in numbers]
         rows = _raw_rows((yield statement, {**statements.claims(dialect, asked), **parameters}))
-        for place, is_done in statements.settled(dialect, asked, rows):
-            fates[numbers[place]] = done if is_done else busy
+        for place, is_locked in statements.unsettled(dialect, asked, rows):
+            fates[numbers[place]] = busy if is_locked else lost
         left = others
     for number, earlier in twins:
         fates[number] = fates[earlier]

@@ -213,17 +213,15 @@ def _tokens(many: Sequence[Claim]) -> list[str]:
     return [texts.get(id(claim.token)) or texts.setdefault(id(claim.token), str(claim.token)) for claim in many]
 
 
-def settled(dialect: Name, many: Sequence[Claim], rows: Sequence[Row]) -> Iterator[tuple[int, bool]]:
-    """Which of `claims` the rows of `settle` name, by their places, and whether each is done; else others have it."""
+def unsettled(dialect: Name, many: Sequence[Claim], rows: Sequence[Row]) -> Iterable[tuple[int, bool]]:
+    """Which of `claims` were not settled by `settle`, by their places, and whether each is only locked, or lost."""
     if dialect == POSTGRESQL:
-        return ((place - 1, done) for place, done in rows)
+        return ((place - 1, is_locked) for place, is_locked in rows)
     if len(rows) == len(many):
-        return ((place, True) for place in range(len(many)))
-    places = {
-        (encode_workflow_id(claim.timer.workflow_id).encode(), encode_timer_id(claim.timer.timer_id).encode()): place
-        for place, claim in enumerate(many)
-    }
-    return ((places[row[0], row[1]], True) for row in rows)
+        return ()
+    done = {(workflow_id.decode(), timer_id.decode()) for workflow_id, timer_id in rows}
+    keys = ((encode_workflow_id(claim.timer.workflow_id), encode_timer_id(claim.timer.timer_id)) for claim in many)
+    return ((place, False) for place, key in enumerate(keys) if key not in done)
 
 
 def fence(dialect: Name, claim: Claim) -> Parameters:
@@ -728,10 +726,7 @@ Settle = Literal["complete", "release", "extend"]
 
 @cache
 def settle(dialect: Name, how: Settle, *, moved: bool = False, clocked: bool = False) -> Executable:
-    """Settle the claims of `claims`; the rows say which are done, or, on PostgreSQL, held but locked by others.
-
-    A row is what `settled` reads. A claim without one is lost.
-    """
+    """Settle the claims of `claims`; the rows, which `unsettled` reads, tell which are done, or not, on PostgreSQL."""
     change = _settling(how, dialect, moved=moved, clocked=clocked)
     if dialect == SQLITE:
         alive = tuple_(*_KEY, timers.c.lease_token).in_(select(*_rows_given()))
@@ -757,8 +752,11 @@ def settle(dialect: Name, how: Settle, *, moved: bool = False, clocked: bool = F
     missing = select(func.count()).select_from(done).scalar_subquery() < (
         select(func.count()).select_from(given).scalar_subquery()
     )
-    busy = select(given.c.place, false()).where(missing, given.c.place.not_in(select(done.c.place)), holds(before))
-    return union_all(select(done.c.place, true()), busy)
+    return (
+        select(given.c.place, type_coerce(before.c.lease_token, _RAW).is_not(None))
+        .select_from(given.outerjoin(before, holds(before)))
+        .where(missing, given.c.place.not_in(select(done.c.place)))
+    )
 
 
 def _settling(how: Settle, dialect: Name, *, moved: bool, clocked: bool) -> Delete | Update:

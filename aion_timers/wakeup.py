@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 CHANNEL: Final = "aion_timers_"
 """What a channel's name begins with; the table's object id ends it, which no two tables of a database share."""
 
-_POLL: Final = 0.03  # seconds: half of it late in the mean, for half a percent of a core
+_POLL: Final = 0.04  # seconds: half of it late in the mean, for less than a percent of a core
 _PING_AFTER: Final = 30.0  # seconds of silence, after which a server or a firewall may have forgotten the connection
 _PING_WITHIN: Final = 10.0
 _FIRST_DELAY: Final = 0.1
