@@ -15,7 +15,7 @@ What differs between the databases, and why:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from operator import itemgetter
@@ -51,7 +51,6 @@ from sqlalchemy import (
     true,
     tuple_,
     type_coerce,
-    union_all,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
