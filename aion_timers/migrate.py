@@ -15,6 +15,7 @@ import time
 from argparse import Namespace
 from contextlib import contextmanager
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -37,6 +38,7 @@ from sqlalchemy import (
     table,
     text,
 )
+from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.exc import DBAPIError, MissingGreenlet
 from sqlalchemy.schema import CreateColumn, CreateTable
 from sqlalchemy.util import await_only
@@ -48,7 +50,7 @@ from aion_timers.schema import POSTGRESQL, MovedTrigger, timers
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["check", "current", "downgrade", "upgrade"]
+__all__ = ["check", "current", "downgrade", "offline", "upgrade"]
 
 Bind: TypeAlias = Connection | Engine
 
@@ -158,6 +160,40 @@ def check(bind: Bind) -> None:
             raise (NotMigratedError if missing else MigrationError)(
                 f"the table {timers.name!r} differs: {what}", f"run {cure}"
             )
+
+
+def offline(dialect: str, revision: str = "head", *, down: bool = False, schema: str | None = None) -> str:
+    """The SQL of a migration, for another tool to run; no database is asked.
+
+    For the SQLite family the last step of the way down is left out: whether the table is dropped or given back there,
+    SQL alone can't decide.
+
+    Args:
+        dialect: ``postgresql`` or ``sqlite``.
+        revision: how far; ``a:b`` is from one to another. By default it begins at nothing, or at the head on the way
+            down.
+        down: whether it is a downgrade.
+        schema: the PostgreSQL schema of the table, by default the first one of the search path.
+
+    Raises:
+        InvalidInputError: there is no such revision.
+    """
+    # a name is enough: Alembic asks the URL for the dialect, and connects to nothing
+    config = Config(cmd_opts=Namespace(x=[f"url={dialect}://"]), output_buffer=(written := StringIO()))
+    config.set_main_option("script_location", str(_scripts()).replace("%", "%%"))
+    if down and ":" not in revision:
+        revision = f"{_head()}:{revision}"
+    with _one_at_a_time:
+        try:
+            (command.downgrade if down else command.upgrade)(config, revision, sql=True)
+        except CommandError as error:
+            raise InvalidInputError(
+                "revision", revision, str(error), "pass 'head', 'base' or a revision of this library"
+            ) from error
+    if schema is None:
+        return written.getvalue()
+    quoted = PGDialect().identifier_preparer.quote(schema)  # type: ignore[no-untyped-call] # it has no types
+    return f"SET search_path TO {quoted};\n\n{written.getvalue()}RESET search_path;\n"
 
 
 # -- connections ------------------------------------------------------------------------------------------------------

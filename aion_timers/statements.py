@@ -20,6 +20,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cache
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias, assert_never
+from uuid import UUID
 
 from sqlalchemy import (
     ARRAY,
@@ -59,6 +60,7 @@ from sqlalchemy.types import NullType
 from aion_timers.schema import POSTGRESQL, SQLITE, stored_bytes, timers
 from aion_timers.values import (
     Claim,
+    NotCanonicalError,
     TimerEntry,
     TimerId,
     decode_columns,
@@ -71,8 +73,6 @@ from aion_timers.values import (
 )
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
     from sqlalchemy.sql.dml import ReturningDelete, ReturningUpdate
     from sqlalchemy.sql.selectable import CTE, TableValuedAlias
     from sqlalchemy.types import TypeEngine
@@ -507,14 +507,17 @@ def _given_rows() -> Select[*tuple[Any, ...]]:
     return select(*_rows_given()).where(true())
 
 
-def _lines(ordinality: str | None = None, /, **columns: TypeEngine[Any]) -> TableValuedAlias:
+def _lines(
+    ordinality: str | None = None, /, *, empty_is_null: bool = False, **columns: TypeEngine[Any]
+) -> TableValuedAlias:
     """A table made of text parameters that hold a value a line, each named as its column and an s.
 
     With ``ordinality`` a column of that name numbers the lines from 1 on.
     """
     # psycopg takes as long to write an array as the server to insert it; JSON holds no line break
+    null_text = [_sql("''")] * empty_is_null
     arrays = (
-        cast(func.string_to_array(bindparam(f"{name}s", type_=Text()), _sql("E'\\n'")), ARRAY(type_))
+        cast(func.string_to_array(bindparam(f"{name}s", type_=Text()), _sql("E'\\n'"), *null_text), ARRAY(type_))
         for name, type_ in columns.items()
     )
     if ordinality is None:
@@ -771,3 +774,275 @@ def _settling(how: Settle, dialect: Name, *, moved: bool, clocked: bool) -> Dele
             return update(timers).values(lease_until=_until(dialect, clocked=clocked))
         case other:
             assert_never(other)
+
+
+# -- whole rows, to list and to copy ----------------------------------------------------------------------------------
+
+By = Literal["instant", "key"]
+"""In which order whole rows are read."""
+
+
+def _fetched_lease(dialect: Name) -> list[ColumnElement[Any]]:
+    token, until, attempts = timers.c.lease_token, timers.c.lease_until, timers.c.attempts
+    if dialect == SQLITE:
+        return [
+            type_coerce(stored_bytes(token), _RAW),
+            type_coerce(stored_bytes(until), _RAW),
+            type_coerce(attempts, _RAW),
+        ]
+    return [
+        type_coerce(token, _RAW),
+        type_coerce(func.timezone(_sql("'UTC'"), until), _RAW),
+        type_coerce(attempts, _RAW),
+    ]
+
+
+def _all_text() -> ColumnElement[bool]:
+    return and_(*(func.typeof(type_coerce(of, _RAW)) == _sql("'text'") for of in _ORDER))
+
+
+def _place(dialect: Name, by: By) -> list[ColumnElement[Any]]:
+    if dialect == POSTGRESQL:
+        place = [_instant(dialect, "at_instant"), _at_workflow(), bindparam("at_timer", type_=Text())]
+    else:
+        # as bytes, since a row's text need not be UTF-8
+        names = ("at_instant", "at_workflow", "at_timer")
+        place = [cast(bindparam(name, type_=LargeBinary()), Text) for name in names]
+    return place if by == "instant" else place[1:]
+
+
+def _at_workflow() -> ColumnElement[Any]:
+    return cast(bindparam("at_workflow", type_=Text()), postgresql.UUID())
+
+
+def place(dialect: Name, instant: str, workflow_id: str, timer_id: str) -> Parameters:
+    """The parameters that name the last row of the page before by its stored texts."""
+    texts = {"at_instant": instant, "at_workflow": workflow_id, "at_timer": timer_id}
+    if dialect == POSTGRESQL:
+        return dict(texts)
+    return {name: text.encode(errors="surrogateescape") for name, text in texts.items()}
+
+
+def place_of(dialect: Name, row: Row) -> tuple[str, str, str]:
+    """The stored texts that name a fetched row, as `place` takes them."""
+    workflow_id, timer_id, fire_at, *_ = row
+    if dialect == POSTGRESQL:
+        return fire_at.isoformat() + "Z", str(workflow_id), timer_id
+    instant, workflow, timer = (value.decode(errors="surrogateescape") for value in (fire_at, workflow_id, timer_id))
+    return instant, workflow, timer
+
+
+def span(dialect: Name, since: datetime | None, before: datetime | None, until: datetime | None) -> Parameters:
+    """The parameters of a span of instants: its first one, its end, and its last one."""
+    given = {"since": since, "before": before}
+    parameters = {name: encode_instant(instant) for name, instant in given.items() if instant is not None}
+    return parameters if until is None else {**parameters, **due_at(dialect, until)}
+
+
+@cache
+def records(
+    dialect: Name,
+    by: By,
+    *,
+    paged: bool = False,
+    of_workflow: bool = False,
+    with_names: bool = False,
+    since: bool = False,
+    before: bool = False,
+    until: bool = False,
+    held: bool | None = None,
+) -> Select[*tuple[Any, ...]]:
+    """Whole rows in order, up to a limit; on the SQLite family those whose key and instant are text."""
+    order = _ORDER if by == "instant" else _KEY
+    statement = select(*_fetched(dialect), *_fetched_lease(dialect)).order_by(*order).limit(_limit())
+    if dialect == SQLITE:
+        statement = statement.where(_all_text())
+    if by == "instant":
+        statement = statement.where(_in_range(dialect))
+    if paged:
+        statement = statement.where(tuple_(*order) > tuple_(*_place(dialect, by)))
+    if of_workflow:
+        statement = statement.where(_of_workflow(dialect))
+    if with_names:
+        statement = statement.where(_has_name(dialect))
+    if since:
+        statement = statement.where(timers.c.fire_at >= _instant(dialect, "since"))
+    if before:
+        statement = statement.where(timers.c.fire_at < _instant(dialect, "before"))
+    if until:
+        statement = statement.where(_due(dialect, at_clock=False))
+    if held is not None:
+        condition = _held(dialect, clocked=False) if held else _free(dialect, clocked=False)
+        statement = statement.where(condition)
+    return statement
+
+
+@cache
+def not_text() -> Select[*tuple[Any, ...]]:
+    """The rows of the SQLite family that `records` passes over in the order of keys, up to a limit."""
+    return select(*_fetched(SQLITE)).where(not_(_all_text())).limit(_limit())
+
+
+def decode_lease(dialect: Name, row: Row) -> tuple[UUID | None, datetime | None, int]:
+    """The lease that a row of `records` holds: its token, its end, and how often the timer has been claimed.
+
+    Raises:
+        NotCanonicalError: another program wrote it in a form of its own.
+    """
+    token, until, attempts = row[3:]
+    if dialect == POSTGRESQL:
+        return token, None if until is None else until.replace(tzinfo=UTC), attempts
+    if type(attempts) is not int or not 0 <= attempts <= _MOST_ATTEMPTS or (token is None) != (until is None):
+        raise NotCanonicalError(row)
+    if token is None:
+        return None, None, attempts
+    try:
+        stored = token.decode()
+        made = UUID(stored)
+        if str(made) != stored:
+            raise NotCanonicalError(row)
+        return made, decode_instant(until.decode()), attempts
+    except (ValueError, AttributeError) as error:
+        raise NotCanonicalError(row) from error
+
+
+_MOST_ATTEMPTS: Final = 2**31 - 1  # what PostgreSQL's column takes
+
+
+def keys(dialect: Name, many: Iterable[tuple[UUID, TimerId]]) -> Parameters:
+    """The parameters that name many timers."""
+    rows = sorted(
+        (workflow_id.hex if dialect == POSTGRESQL else encode_workflow_id(workflow_id), encode_timer_id(timer_id))
+        for workflow_id, timer_id in many
+    )
+    if dialect == SQLITE:
+        return {"rows": _json(rows)}
+    workflows, ids = zip(*rows, strict=True)
+    return {"workflows": "\n".join(workflows), "timers": "\n".join(ids)}
+
+
+def _has_given_key(dialect: Name) -> ColumnElement[bool]:
+    if dialect == SQLITE:
+        return tuple_(*_KEY).in_(select(*_rows_given()[:2]))
+    given = select(*_lines(workflow=postgresql.UUID(), timer=Text()).c).cte("given")
+    return _is_in_keys(given)
+
+
+def _is_in_keys(given: CTE) -> ColumnElement[bool]:
+    workflow_id, timer_id = type_coerce(timers.c.workflow_id, _RAW), type_coerce(timers.c.timer_id, _RAW)
+    return and_(workflow_id == given.c.workflow, timer_id == given.c.timer)
+
+
+@cache
+def records_of(dialect: Name) -> Select[*tuple[Any, ...]]:
+    """The whole rows of the timers that `keys` names, in no order."""
+    return select(*_fetched(dialect), *_fetched_lease(dialect)).where(_has_given_key(dialect))
+
+
+@cache
+def delete_keys(dialect: Name) -> Delete:
+    """Delete the timers that `keys` names."""
+    return delete(timers).where(_has_given_key(dialect))
+
+
+Whole: TypeAlias = tuple[TimerEntry, UUID | None, datetime | None, int]
+"""A whole row: its timer, the token and the end of its lease, and how often it has been claimed."""
+
+
+def whole_rows(dialect: Name, many: Iterable[Whole]) -> Parameters:
+    """The parameters of whole rows to write, leases and all."""
+    if dialect == SQLITE:
+        rows = [
+            (
+                encode_workflow_id(timer.workflow_id),
+                encode_timer_id(timer.timer_id),
+                timer.stored_instant,
+                None if token is None else str(token),
+                None if until is None else encode_instant(until),
+                attempts,
+            )
+            for timer, token, until, attempts in many
+        ]
+        return {"rows": _json(rows)}
+    lines = [
+        (
+            timer.workflow_id.hex,
+            encode_timer_id(timer.timer_id),
+            encode_instant(timer.fire_at),
+            "" if token is None else token.hex,
+            "" if until is None else encode_instant(until),
+            str(attempts),
+        )
+        for timer, token, until, attempts in many
+    ]
+    names = ("workflows", "timers", "instants", "tokens", "untils", "attemptss")
+    return {name: "\n".join(values) for name, values in zip(names, zip(*lines, strict=True), strict=True)}
+
+
+@cache
+def insert_whole(dialect: Name) -> Insert:
+    """Insert the rows of `whole_rows`; where a key is taken, its row is left; the row count says how many came in."""
+    if dialect == SQLITE:
+        row = func.json_each(bindparam("rows", type_=Text())).table_valued("value").c.value
+        source = select(*(func.json_extract(row, _sql(f"'$[{at}]'")) for at in range(6))).where(true())
+    else:
+        columns: dict[str, TypeEngine[Any]] = {
+            "workflow": postgresql.UUID(),
+            "timer": Text(),
+            "instant": _TIMESTAMP,
+            "token": postgresql.UUID(),
+            "until": _TIMESTAMP,
+            "attempts": Integer(),
+        }
+        source = select(*_lines(empty_is_null=True, **columns).c)
+    names = ["workflow_id", "timer_id", "fire_at", "lease_token", "lease_until", "attempts"]
+    insert = _insert(dialect).from_select(names, source, include_defaults=False)
+    return insert.on_conflict_do_nothing().execution_options(preserve_rowcount=True)
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def tally(dialect: Name) -> Select[*tuple[Any, ...]]:
+    """How many timers up to ``horizon`` are due at ``now`` and free, how many are held, and how many there are."""
+    held = _held(dialect, clocked=True)
+    free = or_(type_coerce(timers.c.lease_until, _RAW).is_(None), not_(held))
+    due = timers.c.fire_at <= _instant(dialect, "now")
+    return select(func.count().filter(and_(due, free)), func.count().filter(held), func.count()).where(
+        _in_range(dialect), timers.c.fire_at <= _instant(dialect, "horizon")
+    )
+
+
+def tallied(now: datetime, horizon: datetime) -> Parameters:
+    """The parameters of `tally`."""
+    return {"now": encode_instant(now), "horizon": encode_instant(horizon)}
+
+
+@cache
+def count() -> Select[*tuple[Any, ...]]:
+    """How many rows there are."""
+    return select(func.count()).select_from(timers)
+
+
+@cache
+def held(dialect: Name) -> Select[*tuple[Any, ...]]:
+    """How many timers are held."""
+    return select(func.count()).select_from(timers).where(_held(dialect, clocked=False))
+
+
+@cache
+def leases(dialect: Name) -> Select[*tuple[Any, ...]]:
+    """How many leases ended before ``ended``, how many last beyond ``far``, and what was attempted ``many`` times."""
+    until = type_coerce(timers.c.lease_until, _RAW)
+    return select(
+        func.count().filter(until < _instant(dialect, "ended")),
+        func.count().filter(until > _instant(dialect, "far")),
+        func.count().filter(timers.c.attempts >= bindparam("many", type_=Integer())),
+        func.max(timers.c.attempts),
+    ).select_from(timers)
+
+
+def leases_at(ended: datetime, far: datetime, many: int) -> Parameters:
+    """The parameters of `leases`."""
+    return {"ended": encode_instant(ended), "far": encode_instant(far), "many": many}

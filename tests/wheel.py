@@ -69,6 +69,8 @@ engine.dispose()
 print("the wheel migrates, schedules, takes and fires in", sys.prefix.rsplit("/", 1)[-1])
 """
 
+MISSING = "aion-timers: the command line needs typer, which is not installed; pip install 'aion-timers[cli]'\n"
+
 
 def main(dist: Path) -> None:
     """Install the newest wheel of ``dist`` with its pinned dependencies and run the program above."""
@@ -90,6 +92,12 @@ def main(dist: Path) -> None:
         ]
         subprocess.run([*install, f"{wheel}[asyncio]"], check=True, cwd=folder)
         subprocess.run([python, "-I", "-c", PROGRAM], check=True, cwd=folder)
+        command = str(environment / "bin" / "aion-timers")
+        without = subprocess.run([command, "--version"], check=False, cwd=folder, capture_output=True, text=True)
+        assert (without.returncode, without.stdout, without.stderr) == (78, "", MISSING), without
+        subprocess.run([*install, f"{wheel}[cli]"], check=True, cwd=folder)
+        for arguments in (["migrate"], ["check"], ["doctor"]):
+            subprocess.run([command, *arguments, "--url", "sqlite+libsql:///command.db"], check=True, cwd=folder)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,12 @@ from aion_timers import (
 
 def test_all_lists_every_public_name_in_order() -> None:
     submodules = {
+        "cli",
         "dispatcher",
+        "doctor",
         "engine",
         "errors",
+        "inventory",
         "libsql",
         "migrate",
         "repository",
