@@ -1,6 +1,6 @@
 # Every command of the project. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-peers soak clean
+.PHONY: help demo test check matrix bench bench-peers soak clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -22,14 +22,19 @@ demo: .venv/ready ## show timers in a libSQL file: kept through kills, and fired
 test: .venv/ready ## run all tests, on libSQL, SQLite and a PostgreSQL server of their own
 	$(BIN)/python -m pytest -n 3
 
-check: .venv/ready ## formatting, lint, types, layers, docs and examples, and the built wheel in a fresh environment
+check: .venv/ready ## formatting, lint, types, layers, docs and examples, and the package, built and installed in a fresh environment
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict tests/typing/user_program.py
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/docs tests/examples
-	$(BIN)/python -m build --quiet --outdir dist
+	$(BIN)/python tests/packaging.py dist
 	$(BIN)/python tests/wheel.py dist
+
+matrix: .venv/ready ## the quick part of the tests on each Python, SQLAlchemy and PostgreSQL that is to be had
+	$(BIN)/python tests/matrix.py .matrix
 
 bench: .venv/ready ## compare with the raw drivers, and measure dispatchers; prints ratios
 	$(BIN)/python benchmarks/floors.py
@@ -47,4 +52,4 @@ soak: .venv/ready ## the longer crash and scale runs
 	$(BIN)/python -m pytest -m slow
 
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-peers dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-peers .matrix dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis

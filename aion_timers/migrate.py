@@ -18,7 +18,7 @@ from functools import cache
 from io import StringIO
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, Final, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeAlias
 
 import alembic.context
 import alembic.op
@@ -32,6 +32,7 @@ from sqlalchemy import (
     DefaultClause,
     Engine,
     Row,
+    Table,
     column,
     inspect,
     select,
@@ -48,9 +49,11 @@ from aion_timers.errors import InvalidInputError, MigrationError, NotMigratedErr
 from aion_timers.schema import POSTGRESQL, MovedTrigger, timers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["check", "current", "downgrade", "offline", "upgrade"]
+    from sqlalchemy.sql.schema import SchemaItem
+
+__all__ = ["check", "current", "downgrade", "include_object", "locked", "offline", "upgrade"]
 
 Bind: TypeAlias = Connection | Engine
 
@@ -74,23 +77,27 @@ def upgrade(bind: Bind, revision: str = "head") -> None:
     On an engine it is one transaction of its own, committed here; an engine that is at the head already takes no lock.
     On a connection it belongs to the caller's transaction, which the caller commits; a failed one leaves nothing
     behind there, even if the caller commits. Programs that migrate one database at once wait for each other; on
-    PostgreSQL that needs READ COMMITTED, PostgreSQL's default.
+    PostgreSQL that needs READ COMMITTED, PostgreSQL's default. Up to the head it also sees that nothing of the table is
+    missing, as it would be where a migration was run halfway by hand.
 
     Args:
         bind: a connection or an engine; of async ones, what ``run_sync`` hands over.
         revision: how far.
 
     Raises:
+        NotMigratedError: the database is at the head, but a part of the table is missing.
         MigrationError: a table, a column or a trigger of that name is there that is another one, another migration
             holds the lock for too long, or a newer version of the library has migrated the database.
         InvalidInputError: there is no such revision.
         UnsupportedBindError: not a connection or engine, or one at isolation level AUTOCOMMIT.
         StoreUnavailableError: the database cannot be opened or written.
     """
-    if revision == "head" and isinstance(bind, Engine) and current(bind) == _head():
+    if revision == "head" and isinstance(bind, Engine) and _is_whole(bind):
         return
     with _writing(bind) as connection:
         _run(command.upgrade, connection, revision)
+        if revision == "head":
+            _require_whole(connection)
 
 
 def downgrade(bind: Bind, revision: str = "base", *, force: bool = False) -> None:
@@ -133,7 +140,8 @@ def check(bind: Bind) -> None:
 
     Compared are the revision and the whole table: types, collations, defaults, keys, indexes, CHECK constraints, the
     trigger, how it is stored. Columns, indexes and other things that a host has added are left alone as long as rows
-    without them can be written; so are the values to which it has tuned PostgreSQL's autovacuum.
+    without them can be written; so are the values to which it has tuned PostgreSQL's autovacuum. Where the host's own
+    Alembic runs our scripts the revision is in its version table, and only the table is compared.
 
     Raises:
         NotMigratedError: something is missing; the message names all of it and the command that mends it.
@@ -143,23 +151,64 @@ def check(bind: Bind) -> None:
     """
     with _reading(bind) as connection:
         revisions = _revisions(connection)
-        if not revisions:
+        differences = list(_differences(connection))
+        if not revisions and differences:
             raise NotMigratedError("the database is not migrated", MIGRATE)
         require_known(connection)
-        if revisions != {_head()}:
+        if revisions and revisions != {_head()}:
             raise NotMigratedError(
                 f"the database is at revision {', '.join(sorted(revisions))}, and this version works with {_head()}",
                 MIGRATE,
             )
-        if differences := list(_differences(connection)):
-            what = "; ".join(difference for difference, _, _ in differences)
-            mends = dict.fromkeys(mend for _, mend, _ in differences)
-            anew = _make_anew(connection)
-            cure = anew if anew in mends else "; ".join(mends)
-            missing = any(is_missing for _, _, is_missing in differences)
-            raise (NotMigratedError if missing else MigrationError)(
-                f"the table {timers.name!r} differs: {what}", f"run {cure}"
-            )
+        if differences:
+            what, cure = _told(connection, differences)
+            missing = any(difference.is_missing for difference in differences)
+            raise (NotMigratedError if missing else MigrationError)(f"the table {timers.name!r} differs: {what}", cure)
+
+
+def include_object(
+    item: SchemaItem,
+    name: str | None,
+    kind: str,
+    reflected: bool,  # noqa: FBT001 - Alembic's signature
+    compare_to: SchemaItem | None,
+) -> bool:
+    """Keep a host's ``alembic check`` and ``--autogenerate`` off what belongs to this library.
+
+    For ``context.configure(include_object=...)`` in the host's ``env.py``. Our tables are left out, in any schema,
+    where the database has them and the host's metadata has not; a table of the host's own that is also called
+    ``timers`` is not. Beside a filter of one's own: ``lambda *its: mine(*its) and migrate.include_object(*its)``.
+    """
+    if kind != "table" or not reflected or compare_to is not None or not isinstance(item, Table):
+        return True
+    is_ours = name == timers.name and set(_SHARED) <= set(item.columns.keys())
+    return not is_ours and name != VERSION_TABLE
+
+
+@contextmanager
+def locked(connection: Connection) -> Iterator[None]:
+    """A transaction that runs while no other migration of the database does, to be used in a host's ``env.py``.
+
+    It holds the lock that `upgrade` takes, too, and is committed at the end; on a connection that is in a transaction
+    already, that one goes on and belongs to the caller. Others wait: on PostgreSQL up to the ``lock_timeout`` of the
+    session, else 30 seconds; on the SQLite family, where it is the write lock, up to the ``timeout`` of the engine.
+
+    Raises:
+        MigrationError: another program holds the lock for too long.
+        UnsupportedBindError: the database or its driver is not supported, or the isolation level is AUTOCOMMIT.
+    """
+    _require_supported(connection)
+    if connection.in_transaction():
+        _refuse_autocommit(connection)
+        with _locked(connection):
+            yield
+        return
+    if connection.dialect.name == POSTGRESQL:
+        connection.execution_options(isolation_level="READ COMMITTED")
+    elif "libsql" in connection.dialect.driver:
+        connection.execution_options(isolation_level="IMMEDIATE")
+    with connection.begin(), _locked(connection):
+        yield
 
 
 def offline(dialect: str, revision: str = "head", *, down: bool = False, schema: str | None = None) -> str:
@@ -178,6 +227,13 @@ def offline(dialect: str, revision: str = "head", *, down: bool = False, schema:
     Raises:
         InvalidInputError: there is no such revision.
     """
+    if down and dialect != POSTGRESQL and revision.rpartition(":")[2] == "base":
+        raise InvalidInputError(
+            "revision",
+            revision,
+            "whether a file's table is dropped or given back depends on the program that made it",
+            "run downgrade() on the file itself, or stop at 'aion0001'",
+        )
     # a name is enough: Alembic asks the URL for the dialect, and connects to nothing
     config = Config(cmd_opts=Namespace(x=[f"url={dialect}://"]), output_buffer=(written := StringIO()))
     config.set_main_option("script_location", str(_scripts()).replace("%", "%%"))
@@ -211,14 +267,10 @@ def _writing(bind: Bind) -> Iterator[Connection]:
     with _connection(bind) as connection:
         _require_supported(connection)
         if connection is not bind:
-            with own_transaction(connection):
+            with locked(connection):
                 yield connection
-        elif _is_autocommit(connection):
-            raise UnsupportedBindError(
-                "the connection is at isolation level AUTOCOMMIT, where a failed migration leaves half of it behind",
-                "pass the engine, or a connection with a transaction, as in: with engine.begin() as connection",
-            )
         else:
+            _refuse_autocommit(connection)
             with _locked(connection):
                 yield connection
 
@@ -263,20 +315,12 @@ def _is_autocommit(connection: Connection) -> bool:
     return "AUTOCOMMIT" in {connection.get_execution_options().get("isolation_level"), connection.get_isolation_level()}
 
 
-@contextmanager
-def own_transaction(connection: Connection) -> Iterator[None]:
-    """Hold the migration lock in a transaction of the connection, which has none yet, and commit it at the end.
-
-    Raises:
-        MigrationError: another program holds the lock.
-    """
-    _require_supported(connection)
-    if connection.dialect.name == POSTGRESQL:
-        connection.execution_options(isolation_level="READ COMMITTED")
-    elif "libsql" in connection.dialect.driver:
-        connection.execution_options(isolation_level="IMMEDIATE")
-    with connection.begin(), _locked(connection):
-        yield
+def _refuse_autocommit(connection: Connection) -> None:
+    if _is_autocommit(connection):
+        raise UnsupportedBindError(
+            "the connection is at isolation level AUTOCOMMIT, where a failed migration leaves half of it behind",
+            "pass the engine, or a connection with a transaction, as in: with engine.begin() as connection",
+        )
 
 
 # -- locks ------------------------------------------------------------------------------------------------------------
@@ -394,15 +438,41 @@ def _revisions(connection: Connection) -> set[str]:
 
 
 def require_known(connection: Connection) -> None:
-    """Refuse a database that a newer version of the library has migrated.
+    """Refuse a database that a newer version of the library has migrated, or that is said to be at two revisions.
 
     Raises:
-        MigrationError: it is at a revision that this version doesn't have.
+        MigrationError: it is at a revision that this version doesn't have, or at more than one.
     """
-    if unknown := sorted(_revisions(connection) - set(_known_revisions())):
+    revisions = _revisions(connection)
+    if unknown := sorted(revisions - set(_known_revisions())):
         raise MigrationError(
             f"the database is at revision {', '.join(unknown)}, which this version of aion_timers does not know",
             "upgrade the library: a newer version has migrated this database",
+        )
+    if len(revisions) > 1:
+        newest = next(revision for revision in _known_revisions() if revision in revisions)
+        raise MigrationError(
+            f"the database is half migrated: it is said to be at revision {' and '.join(sorted(revisions))} at once",
+            f"run DELETE FROM {_prefix(connection)}{VERSION_TABLE}"  # noqa: S608 - told, not run
+            f" WHERE version_num <> '{newest}'; then `alembic check`",
+        )
+
+
+def _is_whole(engine: Engine) -> bool:
+    with _reading(engine) as connection:
+        if _revisions(connection) != {_head()}:
+            return False
+        _require_whole(connection)
+        return True
+
+
+def _require_whole(connection: Connection) -> None:
+    if missing := [difference for difference in _differences(connection) if difference.is_missing]:
+        what, cure = _told(connection, missing)
+        raise NotMigratedError(
+            f"the database is half migrated: it is said to be at revision {_head()}, and the table {timers.name!r}"
+            f" lacks what belongs there: {what}",
+            cure,
         )
 
 
@@ -416,12 +486,28 @@ _Parts: TypeAlias = dict[str, str]
 _PLAIN: Final = "as usual"
 
 
-def _differences(connection: Connection) -> Iterator[tuple[str, str, bool]]:
+class _Difference(NamedTuple):
     """What is different, the statement that mends it, and whether it is missing altogether."""
+
+    what: str
+    mend: str
+    is_missing: bool
+
+
+def _told(connection: Connection, differences: Iterable[_Difference]) -> tuple[str, str]:
+    """All the differences, and one cure for them."""
+    mends = dict.fromkeys(difference.mend for difference in differences)
+    anew = _make_anew(connection)
+    cure = anew if anew in mends else "; ".join(mends)
+    return "; ".join(difference.what for difference in differences), f"run {cure}"
+
+
+def _differences(connection: Connection) -> Iterator[_Difference]:
     on_postgresql = connection.dialect.name == POSTGRESQL
     found = _found_on_postgresql(connection) if on_postgresql else _found_on_sqlite(connection)
     if not found:
-        yield "it is missing", f"DROP TABLE {VERSION_TABLE}; then `alembic upgrade head`", True
+        anew = f"DROP TABLE {_prefix(connection)}{VERSION_TABLE}; then `alembic upgrade head`"
+        yield _Difference("it is missing", anew, is_missing=True)
         return
     expected = _expected(connection)
     # first the columns, which what is made of them needs
@@ -437,7 +523,7 @@ def _differences(connection: Connection) -> Iterator[tuple[str, str, bool]]:
         else:
             what = f"{part} is {found[part]}, not {expected[part]}"
         mend = _mend_index if part.startswith("index") else _mend_on_postgresql if on_postgresql else _mend_on_sqlite
-        yield what, mend(connection, part, found), part not in found
+        yield _Difference(what, mend(connection, part, found), part not in found)
 
 
 def _expected(connection: Connection) -> _Parts:

@@ -36,6 +36,7 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.dialects.postgresql import TIMESTAMP
+from sqlalchemy.dialects.postgresql import UUID as PG_UUID
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, validates
 from sqlalchemy.sql import operators
@@ -125,11 +126,30 @@ class _UuidOf(FunctionElement[Any]):
     name = "uuid_of"
 
 
+class _DigitsOf(_UuidOf):
+    """``timers.workflow_id``, written as `Uuid` is that a host doesn't want to be native: 32 digits everywhere."""
+
+    inherit_cache = True
+    name = "digits_of"
+
+
 @compiles(_WorkflowIdOf, POSTGRESQL)
+def _as_uuid(element: _WorkflowIdOf, compiler: SQLCompiler, **options: Any) -> str:  # noqa: ANN401 - the compiler's own options
+    (column,) = element.clauses
+    native = not isinstance(column.type, Uuid) or column.type.native_uuid
+    return compiler.process(column if native else cast(column, PG_UUID), **options)
+
+
 @compiles(_UuidOf, POSTGRESQL)
-def _native(element: FunctionElement[Any], compiler: SQLCompiler, **options: Any) -> str:  # noqa: ANN401 - the compiler's own options
+def _native(element: _UuidOf, compiler: SQLCompiler, **options: Any) -> str:  # noqa: ANN401 - the compiler's own options
     (column,) = element.clauses
     return compiler.process(column, **options)
+
+
+@compiles(_DigitsOf, POSTGRESQL)
+def _digits_of_native(element: _DigitsOf, compiler: SQLCompiler, **options: Any) -> str:  # noqa: ANN401 - the compiler's own options
+    (column,) = element.clauses
+    return compiler.process(func.replace(cast(column, Text), "-", ""), **options)
 
 
 @compiles(_WorkflowIdOf, SQLITE)
@@ -166,8 +186,11 @@ class _WorkflowIds(TypeDecorator.Comparator[UUID]):
                 )
             if isinstance(operand, ColumnElement) and isinstance(operand.type, Uuid):
                 same = super().operate(op, _WorkflowIdOf(operand), **kwargs)
+                if op is not operators.eq:
+                    return same
                 # said both ways round, either table's index can serve the join
-                return and_(same, operators.eq(operand, _UuidOf(self.expr))) if op is operators.eq else same
+                uuid_of = _UuidOf if operand.type.native_uuid else _DigitsOf
+                return and_(same, operators.eq(operand, uuid_of(self.expr)))
             if op in (operators.in_op, operators.not_in_op) and isinstance(operand, SelectBase):
                 (column,) = operand.subquery().columns
                 if isinstance(column.type, Uuid):

@@ -161,7 +161,7 @@ def run_alone(connection: Connection) -> None:
     if command() in READS:
         run(connection)
     else:
-        with migrate.own_transaction(connection):
+        with migrate.locked(connection):
             run(connection)
 
 

@@ -5,6 +5,7 @@ Run as ``python tests/wheel.py DIST``, DIST being the folder that holds the whee
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,13 +15,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 PROGRAM = """
-import asyncio, datetime, sys, uuid
+import asyncio, datetime, pathlib, sys, uuid
 import sqlalchemy
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 import aion_timers
 from aion_timers import AsyncTimerRepository, TimerRepository, migrate
 
 assert aion_timers.__file__.startswith(sys.prefix), aion_timers.__file__
+assert pathlib.Path(aion_timers.__file__).with_name("py.typed").exists()
 now = datetime.datetime.now(datetime.UTC)
 workflow = uuid.uuid4()
 
@@ -73,7 +75,7 @@ MISSING = "aion-timers: the command line needs typer, which is not installed; pi
 
 
 def main(dist: Path) -> None:
-    """Install the newest wheel of ``dist`` with its pinned dependencies and run the program above."""
+    """Install the newest wheel of ``dist`` with its pinned dependencies; run the program above and the examples."""
     wheel = max(dist.glob("*.whl"), key=lambda path: path.stat().st_mtime).resolve()
     with tempfile.TemporaryDirectory() as folder:
         environment = Path(folder) / "fresh-environment"
@@ -92,6 +94,12 @@ def main(dist: Path) -> None:
         ]
         subprocess.run([*install, f"{wheel}[asyncio]"], check=True, cwd=folder)
         subprocess.run([python, "-I", "-c", PROGRAM], check=True, cwd=folder)
+        for example, revision in (("migrate_at_start", "head"), ("alembic_host", "heads")):
+            host = Path(folder) / example
+            shutil.copytree(ROOT / "examples" / example, host, ignore=shutil.ignore_patterns("__pycache__", "*.db*"))
+            alembic = str(environment / "bin" / "alembic")
+            for command in ([alembic, "upgrade", revision], [python, "shop.py"], [alembic, "check"]):
+                subprocess.run(command, check=True, cwd=host)
         command = str(environment / "bin" / "aion-timers")
         without = subprocess.run([command, "--version"], check=False, cwd=folder, capture_output=True, text=True)
         assert (without.returncode, without.stdout, without.stderr) == (78, "", MISSING), without

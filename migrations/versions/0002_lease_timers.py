@@ -149,5 +149,6 @@ def _refuse(others: list[str]) -> None:
     if others:
         raise MigrationError(
             f"{TABLE!r} already has {' and '.join(others)}, which no migration of this library made",
-            "rename or drop what has the name, and migrate again",
+            "rename or drop what has the name, and migrate again; if it is this library's own, run"
+            f" `alembic stamp {revision}` and `alembic check`",
         )

@@ -173,6 +173,8 @@ def test_sql_for_a_file(cli: Cli, tmp_path: Path) -> None:
         connection.connection.executescript(sql)  # type: ignore[attr-defined] # sqlite3's
     plain.dispose()
     cli("check", url=url)
+    assert "or stop at 'aion0001'" in cli("migrate", "--sql", "--down", url=url, code=2).err
+    assert "lease_token" in cli("migrate", "--sql", "--down", "--revision", "aion0001", url=url).out
 
 
 @pytest.mark.parametrize(
