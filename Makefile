@@ -1,13 +1,13 @@
 # Every command of the project. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test check matrix bench bench-peers soak clean
+.PHONY: help demo test check dialect-suite matrix bench bench-peers soak clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 15
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
@@ -22,7 +22,7 @@ demo: .venv/ready ## show timers in a libSQL file: kept through kills, and fired
 test: .venv/ready ## run all tests, on libSQL, SQLite and a PostgreSQL server of their own
 	$(BIN)/python -m pytest -n 3
 
-check: .venv/ready ## formatting, lint, types, layers, docs and examples, and the package, built and installed in a fresh environment
+check: .venv/ready ## formatting, lint, types, layers, docs, examples, SQLAlchemy's suite, and the package in a fresh environment
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -30,11 +30,15 @@ check: .venv/ready ## formatting, lint, types, layers, docs and examples, and th
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/docs tests/examples
+	$(BIN)/python -m tests.dialect_suite
 	$(BIN)/python tests/packaging.py dist
 	$(BIN)/python tests/wheel.py dist
 
 matrix: .venv/ready ## the quick part of the tests on each Python, SQLAlchemy and PostgreSQL that is to be had
 	$(BIN)/python tests/matrix.py .matrix
+
+dialect-suite: .venv/ready ## SQLAlchemy's own suite for dialects, on ours and on the standard library's
+	$(BIN)/python -m tests.dialect_suite
 
 bench: .venv/ready ## compare with the raw drivers, and measure dispatchers; prints ratios
 	$(BIN)/python benchmarks/floors.py

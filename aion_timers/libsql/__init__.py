@@ -25,6 +25,7 @@ from contextlib import suppress
 from sqlalchemy.dialects import registry
 from sqlalchemy.engine.interfaces import Dialect
 
+from aion_timers.libsql.driver import load
 from aion_timers.libsql.errors import (
     BusyError,
     ClosedError,
@@ -71,6 +72,7 @@ def register() -> None:
     """
     # sqlalchemy_libsql registers its own dialects when it is first imported: that shall be before, not after
     with suppress(ImportError):
+        load()
         importlib.import_module("sqlalchemy_libsql")
     registry.register("sqlite.libsql", _DIALECT_MODULE, "LibsqlDialect")
     registry.register("sqlite.aiolibsql", "aion_timers.libsql.aio", "AsyncLibsqlDialect")

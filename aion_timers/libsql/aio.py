@@ -19,7 +19,7 @@ from sqlalchemy.dialects.sqlite.aiosqlite import SQLiteExecutionContext_aiosqlit
 from sqlalchemy.util.concurrency import await_
 
 from aion_timers.libsql import dbapi as libsql_dbapi
-from aion_timers.libsql.dialect import LibsqlDialect
+from aion_timers.libsql.dialect import LibsqlDialect, pool_class
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,6 +109,10 @@ class AsyncConnection(AsyncAdapt_terminate, AsyncAdapt_dbapi_connection):
         """See whether the connection works; it begins no transaction."""
         await_(self.run(self._connection.ping))
 
+    def sync(self) -> None:
+        """Fetch what the primary of an embedded replica has."""
+        await_(self.run(self._connection.sync))
+
     def close(self) -> None:
         """Close the connection and end its thread."""
         await_(self._terminate_graceful_close())
@@ -171,8 +175,8 @@ class AsyncLibsqlDialect(LibsqlDialect):
 
     @classmethod
     def get_pool_class(cls, url: URL) -> type[pool.Pool]:
-        """A queue for files; one shared connection for ``:memory:``, since each has a database of its own."""
-        return pool.AsyncAdaptedQueuePool if cls._is_url_file_db(url) else pool.StaticPool
+        """A queue for files; one connection for a database in memory, which no other connection could reach."""
+        return pool_class(url, pool.AsyncAdaptedQueuePool)
 
     def get_driver_connection(self, connection: DBAPIConnection) -> Any:  # noqa: ANN401 - SQLAlchemy's
         """The sync connection behind an adapted one."""

@@ -29,6 +29,7 @@ from aion_timers.libsql.errors import (
     SnapshotError,
     Warning,  # noqa: A004 - PEP 249 fixes the name
 )
+from aion_timers.libsql.replica import Claim, require_primary
 from aion_timers.libsql.sql import (
     INT32_MAX,
     INT32_MIN,
@@ -94,7 +95,8 @@ def connect(
 
     Args:
         database: a path, ``:memory:``, a ``file:`` URI together with ``uri=True``, or a server's address.
-        timeout: how many seconds to wait for a lock that another connection holds.
+        timeout: how many seconds to wait for a lock that another connection holds, and for the primary of a replica to
+            answer when the replica is opened.
         isolation_level: ``SERIALIZABLE``, ``IMMEDIATE`` or ``AUTOCOMMIT``; None is ``AUTOCOMMIT``, as in ``sqlite3``.
         synchronous: ``FULL`` keeps every commit through a power cut; ``NORMAL`` is faster, and a power cut may take
             back the last commits.
@@ -109,7 +111,10 @@ def connect(
     if not isinstance(address, str):
         raise ProgrammingError(f"a database is given as a str or a path, not as {type(database).__name__}")
     source = Source(address, {name: value for name, value in options.items() if name not in _FOR_SQLITE3})
+    source.require_known()
     level, seconds, safety = _level(isolation_level), checked_timeout(timeout), checked_synchronous(synchronous)
+    if source.is_replica:
+        return _open_replica(source, level, seconds)
     connection = Connection(Transaction(source.open(), source, level, seconds))
     if source.is_file:
         try:
@@ -117,6 +122,23 @@ def connect(
         except BaseException:
             connection.close()
             raise
+    return connection
+
+
+def _open_replica(source: Source, level: Level, timeout: float) -> "Connection":
+    """Open a replica, with what its primary has now."""
+    claim = Claim(source.name)
+    try:
+        require_primary(source.options["sync_url"], timeout)
+        connection = Connection(Transaction(source.open(), source, level, timeout, claim))
+    except BaseException:
+        claim.release()
+        raise
+    try:
+        connection.sync()
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
@@ -227,8 +249,13 @@ class Connection:
         transaction.source.call(lambda: raw.execute("SELECT 1").fetchall())
 
     def sync(self) -> None:
-        """Fetch what the primary of an embedded replica has."""
-        self._transaction.source.call(self._transaction.raw.sync)
+        """Fetch what the primary of an embedded replica has.
+
+        Raises:
+            OperationalError: the primary doesn't answer within ``timeout``; what the replica has can still be read.
+            ProgrammingError: the connection is no replica, or a transaction is open.
+        """
+        self._transaction.sync()
 
     def abandon(self) -> None:
         """Let a statement that waits for a lock in another thread fail now; the connection can only be closed then."""

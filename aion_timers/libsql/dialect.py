@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 
-from sqlalchemy import exc
+from sqlalchemy import exc, pool
 
 from aion_timers.libsql import dbapi as libsql_dbapi
-from aion_timers.libsql.driver import MISSING
+from aion_timers.libsql.driver import MISSING, in_memory
 from aion_timers.libsql.transaction import Level
 
 if TYPE_CHECKING:
@@ -43,6 +46,11 @@ class LibsqlDialect(SQLiteDialect_libsql):  # type: ignore[misc] # sqlalchemy_li
         """The PEP 249 module."""
         return libsql_dbapi
 
+    @classmethod
+    def get_pool_class(cls, url: URL) -> type[pool.Pool]:
+        """A queue for files; one connection for a database in memory, which no other connection could reach."""
+        return pool_class(url, pool.QueuePool)
+
     def create_connect_args(self, url: URL) -> ConnectArgsType:
         """The arguments of ``connect()`` for a URL.
 
@@ -54,12 +62,17 @@ class LibsqlDialect(SQLiteDialect_libsql):  # type: ignore[misc] # sqlalchemy_li
         url = url.difference_update_query(["timeout", "isolation_level"])
         arguments, options = super().create_connect_args(url)
         if not url.host and not options.get("uri"):
-            ignored = sorted(set(url.query) - _OPTIONS)
+            ignored = sorted(url.query.keys() - _OPTIONS)
             if ignored:
                 raise exc.ArgumentError(
                     f"the URL's option {ignored[0]!r} would be ignored: SQLite reads options only from a URI, as in"
                     " sqlite+libsql:///file:/path/to/file.db?mode=ro&uri=true; those of the driver go into connect_args"
                 )
+        if not url.host and options.get("uri") and not str(url.database).startswith("file:"):
+            raise exc.ArgumentError(
+                f"uri=true is for a database that is written as a URI, as in file:/path/to/file.db, not {url.database}"
+            )
+        arguments = [_absolute(arguments[0])]
         if timeout is not None:
             options["timeout"] = _seconds(timeout)
         if level is not None:
@@ -106,7 +119,25 @@ class LibsqlDialect(SQLiteDialect_libsql):  # type: ignore[misc] # sqlalchemy_li
         return isinstance(e, libsql_dbapi.DisconnectError | libsql_dbapi.ClosedError)
 
 
-_OPTIONS = frozenset(("cached_statements", "check_same_thread", "detect_types", "secure", "uri"))
+_OPTIONS = frozenset(("cached_statements", "check_same_thread", "detect_types", "uri"))
+_RELATIVE_URI = re.compile(r"file:(?P<path>[^/?#][^?#]*)")
+
+
+def pool_class(url: URL, queue: type[pool.Pool]) -> type[pool.Pool]:
+    """A single connection for a database that only one connection can reach, else the queue."""
+    database = url.database or ""
+    if database.startswith("file:"):
+        database += "?" + "&".join(f"{name}={value}" for name, value in url.query.items())
+    is_shared = url.query.get("cache") == "shared" or url.query.get("vfs") == "memdb"
+    return pool.StaticPool if in_memory(database) and not is_shared and not url.host else queue
+
+
+def _absolute(address: str) -> str:
+    """A URI with the whole path, as SQLAlchemy makes it for paths: the directory may change before a connect."""
+    relative = _RELATIVE_URI.match(address)
+    if relative is None or in_memory(address):
+        return address
+    return f"file:{quote(str(Path(unquote(relative['path'])).absolute()))}{address[relative.end() :]}"
 
 
 def _seconds(text: str | tuple[str, ...]) -> float:

@@ -5,12 +5,14 @@ even ``Exception``.
 """
 
 import importlib
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, Protocol, TypeVar, cast
+from urllib.parse import unquote
 
 from aion_timers.libsql.errors import (
     BusyError,
@@ -22,6 +24,7 @@ from aion_timers.libsql.errors import (
     OperationalError,
     ProgrammingError,
 )
+from aion_timers.libsql.replica import without_secrets
 from aion_timers.libsql.sql import Parameters, Value
 from aion_timers.libsql.waiting import Line, line_of
 
@@ -70,16 +73,49 @@ MISSING: Final = (
 """What to do when an import of the driver fails."""
 
 
-def _driver() -> ModuleType:
+def load() -> ModuleType:
+    """Import the driver.
+
+    What it has to log of a replica would go to stdout, so nothing is logged unless RUST_LOG is set.
+
+    Raises:
+        ModuleNotFoundError: it isn't installed.
+    """
+    silenced = _LOG not in os.environ
+    if silenced:
+        os.environ[_LOG] = "off"  # it is read once, when the driver is imported
     try:
         return importlib.import_module("libsql_experimental")
     except ImportError as error:
         raise ModuleNotFoundError(MISSING) from error
+    finally:
+        if silenced:
+            del os.environ[_LOG]
 
 
-_REMOTE = re.compile(r"(?:https?|wss?|libsql)://", re.IGNORECASE)
+_LOG = "RUST_LOG"
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether the driver itself has failed; such an error isn't even an ``Exception``."""
+    return type(error).__name__ == "PanicException"
+
+
+def needs_primary(error: BaseException) -> bool:
+    """Whether a replica refused a statement in a transaction that only reads."""
+    return "Invalid write in a readonly transaction" in str(error)
+
+
+_REMOTE = re.compile(r"(?:https?|libsql)://", re.IGNORECASE)
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _SECRET_OPTIONS = ("auth_token", "encryption_key")
-_IN_MEMORY = re.compile(r":memory:|file::memory:|file:.*[?&]mode=memory\b")
+_URI = "file:"
+_IN_MEMORY = re.compile(r":memory:$|file::memory:|file:.*[?&](?:mode=memory|vfs=memdb)\b")
+
+
+def in_memory(database: str) -> bool:
+    """Whether this names a database in memory, or a file without a name, which SQLite deletes when it is closed."""
+    return database in {"", _URI} or _IN_MEMORY.match(database) is not None
 
 
 @dataclass(frozen=True)
@@ -92,13 +128,22 @@ class Source:
     @property
     def name(self) -> str:
         """The path, or the address without credentials and query."""
-        return re.sub(r"//[^/@]*@", "//", self.database.removeprefix("file:").partition("?")[0])
+        if self.database.startswith(_URI):
+            path = self.database.removeprefix(_URI).partition("?")[0].partition("#")[0]
+            return unquote(re.sub(r"^//[^/]*", "", path))
+        if not _REMOTE.match(self.database):
+            return self.database
+        return re.sub(r"//[^/@]*@", "//", self.database.partition("?")[0])
+
+    @property
+    def is_replica(self) -> bool:
+        """Whether it is a file that follows a primary."""
+        return bool(self.options.get("sync_url"))
 
     @property
     def is_file(self) -> bool:
         """Whether it is a plain local file: not remote, not a replica, not in memory."""
-        remote = _REMOTE.match(self.database) or self.options.get("sync_url")
-        return not remote and not _IN_MEMORY.match(self.database) and self.database != ""
+        return not _REMOTE.match(self.database) and not self.is_replica and not in_memory(self.database)
 
     @property
     def line(self) -> Line:
@@ -108,11 +153,29 @@ class Source:
     def scrub(self, text: str) -> str:
         """The text without this connection's secrets: an address may hold them, and a server may echo them."""
         text = text.replace(self.database, self.name)
+        if isinstance(primary := self.options.get("sync_url"), str) and primary:
+            text = text.replace(primary, without_secrets(primary))
         for option in _SECRET_OPTIONS:
             secret = self.options.get(option)
             if isinstance(secret, str) and secret:
                 text = text.replace(secret, "***")
         return text
+
+    def require_known(self) -> None:
+        """Refuse what the driver would take for the name of a file.
+
+        Raises:
+            ProgrammingError: an address of a kind that the driver doesn't know, or a replica that is no file.
+        """
+        scheme = _SCHEME.match(self.database)
+        if scheme and not _REMOTE.match(self.database) and not self.database.startswith(_URI):
+            raise ProgrammingError(
+                f"there is no support for addresses that begin with {scheme.group()}: a database is a path, or a server"
+                " at http://, https:// or libsql://"
+            )
+        is_path = not _REMOTE.match(self.database) and not self.database.startswith(_URI)
+        if self.is_replica and (not is_path or in_memory(self.database)):
+            raise ProgrammingError(f"a replica is kept in a file: give its path, not {self.name!r}, beside sync_url")
 
     def open(self) -> RawConnection:
         """Open it.
@@ -122,7 +185,7 @@ class Source:
             OperationalError: it can't be opened; the text names it and the cure.
             ProgrammingError: an option that the driver doesn't know.
         """
-        connect = _driver().connect
+        connect = load().connect
         try:
             # None: the driver begins no transactions of its own
             raw = connect(self.database, isolation_level=None, **self.options)
@@ -166,7 +229,7 @@ class Source:
 
     def translate(self, error: BaseException) -> BaseException:
         """The PEP 249 error for one of the driver's; any other error as it is."""
-        if type(error).__name__ == "PanicException":
+        if is_panic(error):
             text = self.scrub(str(error))
             if "KeyboardInterrupt" in text:
                 return KeyboardInterrupt()
@@ -174,7 +237,7 @@ class Source:
             return DisconnectError(f"the libSQL driver failed, and the connection with it: {text}{hint}")
         if not isinstance(error, ValueError):
             return error
-        text = self.scrub(str(error))
+        text = _FROM_PRIMARY.sub(r"\1", self.scrub(str(error)))
         for pattern, error_class, advice in _TRANSLATIONS:
             if pattern.search(text):
                 return error_class(f"{text}{advice.format(name=self.name)}")
@@ -191,6 +254,8 @@ class Source:
             raise translated from None
 
 
+# a replica quotes its primary: two codes, and SQLite's text
+_FROM_PRIMARY = re.compile(r"^Remote SQlite failure: `\d+:\d+:(.*)`$", re.DOTALL)
 # the driver drops SQLite's code and keeps the text
 _TRANSLATIONS: tuple[tuple[re.Pattern[str], type[Error], str], ...] = (
     (re.compile(r"^database (table |schema )?is locked"), BusyError, ""),
@@ -201,7 +266,14 @@ _TRANSLATIONS: tuple[tuple[re.Pattern[str], type[Error], str], ...] = (
         IntegrityError,
         "",
     ),
-    (re.compile(r"STREAM_EXPIRED|TRANSACTION_TIMEOUT|error trying to connect|status=5\d\d"), DisconnectError, ""),
+    (
+        re.compile(
+            r"STREAM_EXPIRED|TRANSACTION_TIMEOUT|^Transaction timed-out|error trying to connect|status=5\d\d"
+            r"|^Write delegation: `status: (Unavailable|Unknown|Cancelled)"
+        ),
+        DisconnectError,
+        "",
+    ),
     (re.compile(r"^string or blob too big"), DataError, ""),
     (
         re.compile(r"^file is not a database"),

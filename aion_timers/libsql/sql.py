@@ -21,9 +21,11 @@ INT32_MAX: Final = 2**31 - 1
 INT64_MIN: Final = -(2**63)
 INT64_MAX: Final = 2**63 - 1
 
-# names that a transaction must know: a PRAGMA that SQLite ignores in one, one that ends with it, and a statement
+# names that a transaction must know: a PRAGMA that SQLite ignores in one, one that ends with it, one that would make
+# SQLite wait, and a statement
 FOREIGN_KEYS: Final = "foreign_keys"
 DEFER_FOREIGN_KEYS: Final = "defer_foreign_keys"
+BUSY_TIMEOUT: Final = "busy_timeout"
 ATTACH: Final = "attach"
 
 
@@ -228,6 +230,21 @@ def _pragma(sql: str, start: int) -> tuple[Kind, str]:
     name = match["name"].lower() if match else ""
     looks = name in _LOOKS or bool(match and not match["argument"] and name not in _ACTS)
     return Kind.INSPECT if looks else Kind.CONFIGURE, name
+
+
+def milliseconds(pragma: str) -> int:
+    """What a ``PRAGMA busy_timeout`` sets.
+
+    Raises:
+        ProgrammingError: no number.
+    """
+    match = _NUMBER.search(pragma)
+    if match is None:
+        raise ProgrammingError(f"busy_timeout is a number of milliseconds: {pragma}")
+    return max(0, int(match[1]))
+
+
+_NUMBER = re.compile(r"[=(]\s*'?([+-]?\d+)'?\s*\)?[\s;]*\Z")
 
 
 def _transaction_control(kind: Kind, words: list[str]) -> tuple[Kind, str]:

@@ -17,16 +17,27 @@ from hashlib import sha256
 from traceback import clear_frames
 from typing import Final, NoReturn, TypeVar
 
-from aion_timers.libsql.driver import Description, RawConnection, RawCursor, Rows, Source
+from aion_timers.libsql.driver import Description, RawConnection, RawCursor, Rows, Source, is_panic, needs_primary
 from aion_timers.libsql.errors import (
     BusyError,
     ClosedError,
     DisconnectError,
+    Error,
     OperationalError,
     ProgrammingError,
     SnapshotError,
 )
-from aion_timers.libsql.sql import ATTACH, DEFER_FOREIGN_KEYS, FOREIGN_KEYS, Kind, Parameters, Statement
+from aion_timers.libsql.replica import Claim, require_primary
+from aion_timers.libsql.sql import (
+    ATTACH,
+    BUSY_TIMEOUT,
+    DEFER_FOREIGN_KEYS,
+    FOREIGN_KEYS,
+    Kind,
+    Parameters,
+    Statement,
+    milliseconds,
+)
 from aion_timers.libsql.waiting import LockWait
 
 _T = TypeVar("_T")
@@ -64,8 +75,12 @@ _READ, _WRITE = Kind.READ, Kind.WRITE
 class Transaction:
     """The transactions of one connection, one after the other."""
 
-    def __init__(self, raw: RawConnection, source: Source, level: Level, timeout: float) -> None:
+    def __init__(
+        self, raw: RawConnection, source: Source, level: Level, timeout: float, claim: Claim | None = None
+    ) -> None:
         self._raw: RawConnection | None = raw
+        self._claim = claim
+        self._is_replica = source.is_replica
         # after it, so that it is let go after it, too
         self._keeper = source.call(lambda: source.keeper(raw))
         self.source = source
@@ -126,15 +141,16 @@ class Transaction:
                     return self._run_alone(sql, parameters)
         elif self._control(statement):
             return None
+        elif statement.name == BUSY_TIMEOUT:
+            return self._wait_instead(statement)
         try:
             outcome = self._run(sql, parameters)
         except BaseException as error:  # noqa: BLE001 - the driver's panics are no Exception
             outcome = self._recover(kind, sql, parameters, error)
+        if self._is_replica and self.state is not _IDLE and not self.raw.in_transaction:
+            self._end_at_primary()
         if self.state is _READING:
-            if kind is _READ or kind is Kind.INSPECT:
-                self._remember(sql, parameters, outcome[2])
-            else:
-                self._note(statement)
+            self._note(statement, sql, parameters, outcome[2])
         elif kind is Kind.BEGIN or kind is Kind.SAVEPOINT or kind is Kind.RELEASE:
             self._follow(statement)
         return outcome
@@ -183,6 +199,12 @@ class Transaction:
                 self._attached = True
         return False
 
+    def _wait_instead(self, statement: Statement) -> Outcome:
+        """Answer ``PRAGMA busy_timeout`` for SQLite, which would wait with the interpreter's lock: we wait for it."""
+        if statement.kind is Kind.CONFIGURE:
+            self.timeout = milliseconds(statement.sql) / 1000
+        return self._run(f"SELECT {round(self.timeout * 1000)} AS timeout", ())
+
     def _remember(self, sql: str, parameters: Parameters, rows: Rows | None) -> None:
         """Keep a read, to run it again."""
         if rows is None or self._unrepeatable:
@@ -193,10 +215,13 @@ class Transaction:
         else:
             self._make_unrepeatable(f"more than {MAX_REPEATED_ROWS} rows had been read")
 
-    def _note(self, statement: Statement) -> None:
-        """After a statement that was no read in a transaction that had only read."""
-        if statement.kind in (Kind.SAVEPOINT, Kind.RELEASE, Kind.ROLLBACK_TO):
-            self._move_savepoint(statement.kind, statement.name)
+    def _note(self, statement: Statement, sql: str, parameters: Parameters, rows: Rows | None) -> None:
+        """After a statement in a transaction that had only read."""
+        kind = statement.kind
+        if kind is _READ or kind is Kind.INSPECT:
+            self._remember(sql, parameters, rows)
+        elif kind in (Kind.SAVEPOINT, Kind.RELEASE, Kind.ROLLBACK_TO):
+            self._move_savepoint(kind, statement.name)
         else:
             self.state = _WRITING
             self._forget()
@@ -213,6 +238,9 @@ class Transaction:
     def _recover(self, kind: Kind, sql: str, parameters: Parameters, error: BaseException) -> Outcome:
         """After a statement that failed: try again where that is right, else raise."""
         failure = self._failure(error)
+        if self.state is _READING and self._is_replica and needs_primary(failure):
+            self._restart(writes=kind is _WRITE or kind is Kind.CONFIGURE)
+            return self._attempt(lambda: self._run(sql, parameters))
         if isinstance(failure, BusyError):
             if self.state is _IDLE or (self.state is _READING and kind in (_READ, Kind.INSPECT)):
                 return self._attempt(lambda: self._run(sql, parameters), busy=failure)
@@ -231,6 +259,15 @@ class Transaction:
         if failure is error:
             raise error
         raise failure from None
+
+    def _end_at_primary(self) -> NoReturn:
+        """After a statement for which the primary, started anew, had no transaction any more."""
+        self.state = _LOST
+        self._forget()
+        raise OperationalError(
+            "the primary has lost the transaction: what it did before this statement is undone, and this statement may"
+            " have been committed alone"
+        )
 
     def _run(self, sql: str, parameters: Parameters) -> Outcome:
         cursor = (self._raw or self.raw).execute(sql, parameters)
@@ -252,7 +289,9 @@ class Transaction:
             return
         raw = self.raw
         if kind is _READ and self._level is Level.SERIALIZABLE and self._restartable:
-            self._attempt(lambda: raw.execute("BEGIN"))
+            # on a replica it reads what is there, until it has to ask the primary
+            begin = "BEGIN READONLY" if self._is_replica and not self._savepoints else "BEGIN"
+            self._attempt(lambda: raw.execute(begin))
             self.state = _READING
         else:
             self._take_lock(lambda: raw.execute("BEGIN IMMEDIATE"))
@@ -285,6 +324,16 @@ class Transaction:
         finally:
             self._end()
 
+    def sync(self) -> None:
+        """Fetch what the primary of a replica has."""
+        if not self._is_replica:
+            raise ProgrammingError("only a replica can be synced: open it with connect_args={'sync_url': ...}")
+        if self.state is not _IDLE:
+            raise ProgrammingError("a replica can't be synced inside a transaction: commit or roll back first")
+        raw = self.raw
+        require_primary(self.source.options["sync_url"], self.timeout)
+        self._attempt(raw.sync)
+
     def close(self) -> None:
         """Roll back and drop the driver's connection; a second call does nothing."""
         raw, self._raw = self._raw, None
@@ -298,7 +347,13 @@ class Transaction:
             try:
                 self.source.call(raw.close)
             finally:
-                self._keeper = None
+                self._let_go()
+
+    def _let_go(self) -> None:
+        """What has to outlive the driver's connection."""
+        self._keeper = None
+        if self._claim is not None:
+            self._claim.release()
 
     def _end(self) -> None:
         self.state = _IDLE
@@ -309,21 +364,28 @@ class Transaction:
 
     # -- from reading to writing -------------------------------------------------------------------
 
-    def _restart(self) -> None:
-        """Begin again with the write lock, and see whether what was read is still so."""
+    def _restart(self, *, writes: bool = True) -> None:
+        """Begin again with the write lock, or at a replica's primary, and see whether what was read is still so."""
         raw = self.raw
-        try:
-            snapshot = self._versions()
-        except OperationalError:  # a remote database has no versions
-            self._lose("another connection has written or is writing")
+        snapshot = None
+        if not self._is_replica:  # its numbers are not the primary's, so its reads are always compared
+            try:
+                snapshot = self._versions()
+            except OperationalError:  # a remote database has no versions
+                self._lose("another connection has written or is writing")
         self.source.call(raw.rollback)
         self.state = _LOST
-        self._require_unchanged(snapshot)  # else there is no use in waiting for the lock
-        self._take_lock(lambda: raw.execute("BEGIN IMMEDIATE"))
+        if snapshot is not None:
+            self._require_unchanged(snapshot)  # else there is no use in waiting for the lock
+        if writes:
+            self._take_lock(lambda: raw.execute("BEGIN IMMEDIATE"))
+        else:
+            self._attempt(lambda: raw.execute("BEGIN"))
         self._require_unchanged(snapshot)
-        self.state = _WRITING
+        self.state = _WRITING if writes else _READING
         self._restore_savepoints()
-        self._forget()
+        if writes:
+            self._forget()
 
     def _versions(self) -> list[Rows]:
         """A number for each database that changes when another connection commits to it."""
@@ -331,9 +393,9 @@ class Transaction:
         names = [_quoted(str(name)) for _, name, _ in databases if name != "temp"]
         return [self._fetch(f"PRAGMA {name}.data_version", ()) for name in names]
 
-    def _require_unchanged(self, snapshot: list[Rows]) -> None:
+    def _require_unchanged(self, snapshot: list[Rows] | None) -> None:
         """Unless nobody has committed since, run the reads again and compare."""
-        if self._versions() == snapshot:
+        if snapshot is not None and self._versions() == snapshot:
             return
         if self._unrepeatable:
             self._lose(self._unrepeatable)
@@ -357,6 +419,9 @@ class Transaction:
         self.state = _LOST
         if raw.in_transaction:
             self.source.call(raw.rollback)
+        if self._is_replica:
+            with suppress(Error):  # else the next try would read what is old again
+                self.source.call(raw.sync)
         self._forget()
         self._line.call()
         raise SnapshotError(
@@ -444,6 +509,9 @@ class Transaction:
         raw = self._raw
         if raw is None:
             return failure
+        lost_primary = isinstance(failure, DisconnectError) and self._is_replica and not is_panic(error)
+        if lost_primary and not raw.in_transaction:  # a replica can still read, unless the primary had the transaction
+            failure = OperationalError(str(failure))
         if isinstance(failure, DisconnectError):
             self._raw = None
             self._end()
@@ -453,7 +521,7 @@ class Transaction:
                 raw.rollback()
             with suppress(BaseException):
                 raw.close()
-            self._keeper = None
+            self._let_go()
         elif self.state in (_READING, _WRITING) and not raw.in_transaction:
             self.state = _LOST
         return failure

@@ -573,8 +573,6 @@ def test_the_event_loop_goes_on_while_a_file_is_asked(url: URL, monkeypatch: pyt
 @pytest.mark.parametrize("driver", ["sqlite+libsql", "sqlite", "sqlite+aiolibsql", "sqlite+aiosqlite"])
 @pytest.mark.parametrize("database", [None, ":memory:", "file:shared?mode=memory&cache=shared&uri=true"])
 def test_in_memory_only_wake_rings(driver: str, database: str | None) -> None:
-    if database is not None and "shared" in database and "libsql" in driver:
-        return  # the driver has no shared databases in memory
     url = f"{driver}://" if database is None else f"{driver}:///{database}"
     create: Any = create_async_engine if driver.removeprefix("sqlite+") in ASYNC_DRIVERS else create_engine
     engine = create(url, poolclass=pool.StaticPool)

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 from tests.installed import Environment, made_once
+from tests.sqld import Sqld
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,10 +29,24 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     return made_once(tmp_path_factory)
 
 
+@pytest.fixture(scope="module")
+def sqld() -> Iterator[Sqld]:
+    """The server of those who read of libSQL's replicas."""
+    with Sqld.started() as server:
+        yield server
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_code_block_of_a_page_runs(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: Environment
+    page: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: Environment,
+    request: pytest.FixtureRequest,
 ) -> None:
+    if "PRIMARY_URL" in page.read_text():
+        url = request.getfixturevalue("sqld").url
+        monkeypatch.setenv("PRIMARY_URL", f"http://{url.host}:{url.port}")
     for name in ("alembic.ini", "migrations"):  # a reader works in a checkout
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__", "*.db*"))

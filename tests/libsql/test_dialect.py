@@ -67,19 +67,6 @@ def test_timeout_of_url_and_connect_args(make_world: Any, database: Any) -> None
         make_world(database.path, connect_args={"timeout": "soon"}).connection(timeout)
 
 
-def test_url_options_that_would_be_ignored(make_world: Any, tmp_path: Any) -> None:
-    with pytest.raises(ArgumentError, match="'mode' would be ignored"):
-        make_world(f"{tmp_path}/new.db?mode=ro").connection(scalar("SELECT 1"))
-    assert not (tmp_path / "new.db").exists()
-
-
-def test_memory(make_world: Any) -> None:
-    world = make_world("", poolclass=sa.pool.StaticPool)
-    world.connection(lambda c: (c.exec_driver_sql("CREATE TABLE t (a)"), c.commit()))
-    world.connection(lambda c: (c.exec_driver_sql("INSERT INTO t VALUES (1)"), c.commit()))
-    assert world.connection(scalar("SELECT a FROM t")) == 1
-
-
 def test_values(world: Any) -> None:
     everything = sa.Table(
         "everything",
@@ -223,6 +210,38 @@ def test_two_phase_is_not_supported(world: Any) -> None:
         world.connection(lambda c: c.begin_twophase())
 
 
+@pytest.mark.parametrize(
+    ("sql", "parameters", "message"),
+    [
+        ("DELETE FROM items ORDER BY id LIMIT 1", (), "syntax error"),
+        ("SELECT pow(2, 3)", (), "no such function"),
+        ('SELECT "abc"', (), "no such column"),
+        (f"SELECT {', '.join('?' * 32_767)}", tuple(range(32_767)), "too many SQL variables"),
+        ("SELECT 'a' LIKE ?", ("a" * 50_001,), "pattern too complex"),
+        ("SELECT load_extension('x')", (), "no such function|not authorized"),
+    ],
+    ids=["DELETE with LIMIT", "mathematics", "double quotes", "parameters", "LIKE", "extensions"],
+)
+def test_limits(world: Any, sql: str, parameters: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(OperationalError, match=message):
+        world.connection(lambda c: c.exec_driver_sql(sql, parameters))
+
+
+def test_just_inside_the_limits(world: Any) -> None:
+    many = tuple(range(32_766))
+    values = f"VALUES {', '.join(['(?)'] * len(many))}"
+    assert len(world.connection(lambda c: c.exec_driver_sql(values, many).all())) == len(many)
+    assert world.connection(lambda c: c.exec_driver_sql("SELECT 'a' LIKE ?", ("a" * 50_000,)).scalar()) == 0
+
+
+def test_a_copy_of_a_file_that_is_in_use(make_world: Any, world: Any, database: Any, tmp_path: Path) -> None:
+    with database.held():  # by one whose change is not committed
+        world.connection(
+            lambda c: c.exec_driver_sql("VACUUM INTO ?", (str(tmp_path / "copy.db"),)), isolation_level="AUTOCOMMIT"
+        )
+    assert make_world(tmp_path / "copy.db").connection(scalar("SELECT max(n) FROM items")) == 0
+
+
 # -- connecting ------------------------------------------------------------------------------------
 
 
@@ -263,14 +282,6 @@ def test_the_switch_to_wal_waits_for_a_writer(make_world: Any, database: Any) ->
     timer.join()
     holder.close()
     assert database.run("SELECT n FROM items") == [(5,), (5,)]
-
-
-def test_read_only_uri(make_world: Any, database: Any) -> None:
-    world = make_world(f"file:{database.path}?mode=ro&uri=true")
-    assert world.connection(scalar("SELECT count(*) FROM items")) == 2
-    with pytest.raises(OperationalError, match=f"{database.path} can't be written; let this user write"):
-        world.connection(scalar("UPDATE items SET n = 1"))
-    assert "doesn't exist and can't be created" in connect_error(make_world, f"file:{database.path}x?mode=ro&uri=true")
 
 
 @pytest.fixture

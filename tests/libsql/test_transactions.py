@@ -478,6 +478,43 @@ def test_timeout(make_world: Any, database: Any, read_first: bool) -> None:
     assert database.run("SELECT n FROM items") == [(7,), (7,)]
 
 
+@pytest.mark.parametrize(
+    "sql", ["PRAGMA busy_timeout = 200", "pragma main.busy_timeout(200);", "PRAGMA busy_timeout='200'"]
+)
+def test_busy_timeout_does_not_stop_other_threads(world: Any, database: Any, sql: str) -> None:
+    """SQLite would wait with the interpreter's lock, which the other thread needs to commit."""
+
+    def body(connection: sa.Connection) -> None:
+        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 2000
+        assert connection.exec_driver_sql(sql).all() == [(200,)]
+        assert connection.exec_driver_sql("PRAGMA busy_timeout").scalar() == 200
+        with database.held(), pytest.raises(OperationalError, match=r"longer than 0\.2 s"):
+            connection.exec_driver_sql("UPDATE items SET n = 6")
+        connection.rollback()
+        connection.exec_driver_sql("PRAGMA busy_timeout = 60000")
+        with database.writer(0.1):
+            connection.exec_driver_sql("UPDATE items SET n = n + 10")
+        connection.commit()
+
+    world.connection(body)
+    assert database.run("SELECT n FROM items") == [(11,), (11,)]
+
+
+def test_busy_timeout_in_a_transaction(world: Any, database: Any) -> None:
+    def body(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("SELECT n FROM items").all()
+        connection.exec_driver_sql("PRAGMA busy_timeout = -1")
+        database.run("INSERT INTO items (n) VALUES (0)")
+        with pytest.raises(OperationalError) as raised:
+            connection.exec_driver_sql("UPDATE items SET n = 5")
+        assert snapshot_error(raised.value)  # a transaction that has only read still compares its reads
+        connection.rollback()
+        with pytest.raises(sa.exc.ProgrammingError, match="a number of milliseconds"):
+            connection.exec_driver_sql("PRAGMA busy_timeout = soon")
+
+    world.connection(body)
+
+
 def test_reads_do_not_wait(world: Any, database: Any) -> None:
     def body(connection: sa.Connection) -> int:
         with database.held():
@@ -552,6 +589,21 @@ def test_results_that_are_not_read_do_not_block(world: Any, database: Any) -> No
     world.connection(body)
     assert database.run("SELECT n FROM items") == [(5,), (5,)]
     assert database.run("PRAGMA wal_checkpoint(TRUNCATE)") == [(0, 0, 0)]
+
+
+def test_a_result_half_read_at_autocommit_holds_nothing(make_world: Any, database: Any) -> None:
+    world = make_world(database.path, pool_size=1, max_overflow=0, isolation_level="AUTOCOMMIT")
+    kept = []
+
+    def read_half(connection: sa.Connection) -> None:
+        kept.append(connection.exec_driver_sql("SELECT n FROM items"))
+        assert kept[0].fetchone() == (0,)
+
+    world.connection(read_half)
+    database.run("UPDATE items SET n = 1")
+    assert database.run("PRAGMA wal_checkpoint(TRUNCATE)") == [(0, 0, 0)]
+    world.connection(lambda connection: connection.exec_driver_sql("UPDATE items SET n = n + 1"))
+    assert database.run("SELECT n FROM items") == [(2,), (2,)]
 
 
 def test_schema_changes_are_transactional(world: Any, database: Any) -> None:
