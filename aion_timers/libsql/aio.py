@@ -85,6 +85,8 @@ class AsyncConnection(AsyncAdapt_terminate, AsyncAdapt_dbapi_connection):
 
     async def run(self, function: Callable[..., _T], *arguments: Any) -> _T:  # noqa: ANN401 - the function's own
         """Run a function in the thread. When the task is cancelled, a wait for a lock there ends, too."""
+        if self._connection.is_the_parents:  # and so is the thread
+            return function(*arguments)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
         except asyncio.CancelledError:
@@ -124,6 +126,8 @@ class AsyncConnection(AsyncAdapt_terminate, AsyncAdapt_dbapi_connection):
             self._thread.shutdown(wait=False)
 
     def _terminate_force_close(self) -> None:
+        if self._connection.is_the_parents:
+            return
         self._connection.abandon()
         try:
             self._thread.submit(self._connection.close)

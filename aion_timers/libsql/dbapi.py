@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Final
 
-from aion_timers.libsql.driver import Description, Row, Rows, Source
+from aion_timers.libsql import forking
+from aion_timers.libsql.driver import Description, Source
 from aion_timers.libsql.errors import (
     BusyError,
     ClosedError,
@@ -36,6 +37,8 @@ from aion_timers.libsql.sql import (
     INT64_MAX,
     INT64_MIN,
     Parameters,
+    Row,
+    Rows,
     Statement,
     bindable,
     parse,
@@ -127,6 +130,7 @@ def connect(
 
 def _open_replica(source: Source, level: Level, timeout: float) -> "Connection":
     """Open a replica, with what its primary has now."""
+    forking.require_openable(source)  # before its primary is asked for nothing
     claim = Claim(source.name)
     try:
         require_primary(source.options["sync_url"], timeout)
@@ -220,6 +224,11 @@ class Connection:
     def in_transaction(self) -> bool:
         """Whether a transaction is open, or was lost and wants a ``rollback()``."""
         return self._transaction.state is not State.IDLE
+
+    @property
+    def is_the_parents(self) -> bool:
+        """Whether it was opened before this process was forked: here all but ``rollback()`` and ``close()`` fail."""
+        return self._transaction.is_the_parents
 
     def cursor(self) -> "Cursor":
         """A new cursor."""

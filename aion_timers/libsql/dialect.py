@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
+from weakref import WeakSet
 
 from sqlalchemy import exc, pool
 
@@ -14,7 +16,7 @@ from aion_timers.libsql.driver import MISSING, in_memory
 from aion_timers.libsql.transaction import Level
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import URL, Connection
+    from sqlalchemy.engine import URL, Connection, Engine
     from sqlalchemy.engine.interfaces import ConnectArgsType, DBAPIConnection
 
 try:
@@ -81,6 +83,11 @@ class LibsqlDialect(SQLiteDialect_libsql):  # type: ignore[misc] # sqlalchemy_li
         options["synchronous"] = self.synchronous
         return arguments, options
 
+    @classmethod
+    def engine_created(cls, engine: Engine) -> None:
+        """Have the engine make new connections in forked children, where those of the parent can't be used."""
+        _engines.add(engine)
+
     def on_connect(self) -> None:
         """Nothing: the driver can't have functions written in Python."""
 
@@ -117,6 +124,21 @@ class LibsqlDialect(SQLiteDialect_libsql):  # type: ignore[misc] # sqlalchemy_li
     def is_disconnect(self, e: Exception, connection: object, cursor: object) -> bool:  # noqa: ARG002
         """Whether the connection can't be used any more."""
         return isinstance(e, libsql_dbapi.DisconnectError | libsql_dbapi.ClosedError)
+
+
+_engines: WeakSet[Engine] = WeakSet()
+
+
+def _renew_pools() -> None:
+    for engine in list(_engines):
+        # what is in memory was copied, and is nowhere else
+        if not isinstance(engine.pool, pool.StaticPool | pool.SingletonThreadPool):
+            engine.dispose(close=False)
+
+
+if hasattr(os, "register_at_fork"):
+    # after the connections have been closed: the hook of that was registered before
+    os.register_at_fork(after_in_child=_renew_pools)
 
 
 _OPTIONS = frozenset(("cached_statements", "check_same_thread", "detect_types", "uri"))

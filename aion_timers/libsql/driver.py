@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, Final, Protocol, TypeVar, cast
 from urllib.parse import unquote
 
+from aion_timers.libsql import forking
 from aion_timers.libsql.errors import (
     BusyError,
     DatabaseError,
@@ -25,12 +26,10 @@ from aion_timers.libsql.errors import (
     ProgrammingError,
 )
 from aion_timers.libsql.replica import without_secrets
-from aion_timers.libsql.sql import Parameters, Value
+from aion_timers.libsql.sql import Parameters, Rows
 from aion_timers.libsql.waiting import Line, line_of
 
 Description = tuple[tuple[str, None, None, None, None, None, None], ...]
-Row = tuple[Value, ...]
-Rows = list[Row]
 _T = TypeVar("_T")
 
 
@@ -118,7 +117,7 @@ def in_memory(database: str) -> bool:
     return database in {"", _URI} or _IN_MEMORY.match(database) is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # each is one connection's own
 class Source:
     """What a connection was opened on; its text never shows a secret."""
 
@@ -143,7 +142,17 @@ class Source:
     @property
     def is_file(self) -> bool:
         """Whether it is a plain local file: not remote, not a replica, not in memory."""
-        return not _REMOTE.match(self.database) and not self.is_replica and not in_memory(self.database)
+        return self.is_on_disk and not self.is_networked
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether it is a local file, or a replica in one."""
+        return not _REMOTE.match(self.database) and not in_memory(self.database)
+
+    @property
+    def is_networked(self) -> bool:
+        """Whether it is on a server, or a replica of what is there."""
+        return bool(_REMOTE.match(self.database)) or self.is_replica
 
     @property
     def line(self) -> Line:
@@ -182,10 +191,12 @@ class Source:
 
         Raises:
             ModuleNotFoundError: the driver isn't installed.
-            OperationalError: it can't be opened; the text names it and the cure.
+            OperationalError: it can't be opened, or not after the fork that made this process; the text names it and
+                the cure.
             ProgrammingError: an option that the driver doesn't know.
         """
         connect = load().connect
+        forking.require_openable(self)
         try:
             # None: the driver begins no transactions of its own
             raw = connect(self.database, isolation_level=None, **self.options)

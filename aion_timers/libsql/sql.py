@@ -13,6 +13,8 @@ from aion_timers.libsql.errors import DataError, NotSupportedError, ProgrammingE
 
 Value: TypeAlias = int | float | str | bytes | None
 Parameters: TypeAlias = tuple[Value, ...]
+Row: TypeAlias = tuple[Value, ...]
+Rows: TypeAlias = list[Row]
 
 # the driver binds integers beyond these as floating point numbers
 INT32_MIN: Final = -(2**31)
@@ -47,6 +49,15 @@ class Kind(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """A table as a statement names it."""
+
+    schema: str
+    """Empty if the statement names none."""
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Statement:
     """A parsed statement."""
 
@@ -59,6 +70,8 @@ class Statement:
     """INSERT, UPDATE, DELETE or REPLACE, also behind WITH."""
     name: str = ""
     """Of the savepoint, the PRAGMA or another statement that configures, in lower case; of BEGIN its mode."""
+    drops: Table | None = None
+    """The table of a DROP TABLE."""
 
     def inlined(self, parameters: Parameters) -> tuple[str, Parameters]:
         """The text and parameters with wide integers written into the text: a sign and digits, nothing to inject."""
@@ -199,7 +212,8 @@ def _parse(sql: str) -> Statement:
         kind, name = _pragma(sql, start)
     else:
         kind, name = _transaction_control(_KINDS.get(verb, Kind.WRITE), words)
-    return Statement(sql, kind, tuple(pieces), len(pieces) - 1, verb in _CHANGES_ROWS, name)
+    drops = _dropped_table(sql, start) if verb == "DROP" else None
+    return Statement(sql, kind, tuple(pieces), len(pieces) - 1, verb in _CHANGES_ROWS, name, drops)
 
 
 _LONGEST_CACHED = 32_768  # characters
@@ -245,6 +259,34 @@ def milliseconds(pragma: str) -> int:
 
 
 _NUMBER = re.compile(r"[=(]\s*'?([+-]?\d+)'?\s*\)?[\s;]*\Z")
+
+
+_BLANK = r"(?:\s|--[^\n]*\n|/\*.*?\*/)"
+_NAME = r"""(?:\w+|"(?:[^"]|"")*"|`(?:[^`]|``)*`|\[[^\]]*\]|'(?:[^']|'')*')"""
+_DROP_TABLE = re.compile(
+    rf"DROP{_BLANK}+TABLE{_BLANK}+(?:IF{_BLANK}+EXISTS{_BLANK}*)?"
+    rf"(?:(?P<schema>{_NAME}){_BLANK}*\.{_BLANK}*)?(?P<name>{_NAME})",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+def _dropped_table(sql: str, start: int) -> Table | None:
+    match = _DROP_TABLE.match(sql, start)
+    return Table(_name(match["schema"] or ""), _name(match["name"])) if match else None
+
+
+def _name(text: str) -> str:
+    """The name that an identifier stands for."""
+    if text[:1] == "[":
+        return text[1:-1]
+    quote = text[:1]
+    return text[1:-1].replace(quote * 2, quote) if quote in ('"', "'", "`") else text
+
+
+def quoted(name: str) -> str:
+    """The name as an identifier."""
+    escaped = name.replace('"', '""')
+    return f'"{escaped}"'
 
 
 def _transaction_control(kind: Kind, words: list[str]) -> tuple[Kind, str]:

@@ -17,7 +17,9 @@ from hashlib import sha256
 from traceback import clear_frames
 from typing import Final, NoReturn, TypeVar
 
-from aion_timers.libsql.driver import Description, RawConnection, RawCursor, Rows, Source, is_panic, needs_primary
+from aion_timers.libsql import forking
+from aion_timers.libsql.driver import Description, RawConnection, RawCursor, Source, is_panic, needs_primary
+from aion_timers.libsql.dropping import require_no_losses
 from aion_timers.libsql.errors import (
     BusyError,
     ClosedError,
@@ -35,10 +37,13 @@ from aion_timers.libsql.sql import (
     FOREIGN_KEYS,
     Kind,
     Parameters,
+    Rows,
     Statement,
+    Table,
     milliseconds,
+    quoted,
 )
-from aion_timers.libsql.waiting import LockWait
+from aion_timers.libsql.waiting import Line, LockWait
 
 _T = TypeVar("_T")
 Outcome = tuple[RawCursor, Description | None, Rows | None]
@@ -84,6 +89,8 @@ class Transaction:
         # after it, so that it is let go after it, too
         self._keeper = source.call(lambda: source.keeper(raw))
         self.source = source
+        self.is_the_parents = False
+        """Whether it was opened before this process was forked, and can't be used here."""
         self.timeout = timeout
         self.abandoned = False
         """Whether nobody waits for this connection any more, so that it need not wait for a lock either."""
@@ -101,11 +108,18 @@ class Transaction:
         self._restartable = True
         # whether the connection has more files than one
         self._attached = False
+        if source.is_on_disk or source.is_networked:
+            forking.remember(self)
 
     @property
     def raw(self) -> RawConnection:
         """The driver's connection."""
         if self._raw is None:
+            if self.is_the_parents:
+                raise DisconnectError(
+                    "the connection stays with the process that opened it, and this one was forked from it: open"
+                    " another one here"
+                )
             raise ClosedError("the connection is closed")
         return self._raw
 
@@ -135,10 +149,10 @@ class Transaction:
         """
         kind = statement.kind
         if kind is _READ or kind is _WRITE:
-            if self.state is not _WRITING:
-                self._prepare(kind)
-                if kind is _WRITE and self.state is _IDLE:
-                    return self._run_alone(sql, parameters)
+            if self.state is not _WRITING or statement.drops is not None:
+                self._prepare(kind, statement.drops)
+            if kind is _WRITE and self.state is _IDLE:
+                return self._run_alone(sql, parameters)
         elif self._control(statement):
             return None
         elif statement.name == BUSY_TIMEOUT:
@@ -155,15 +169,18 @@ class Transaction:
             self._follow(statement)
         return outcome
 
-    def _prepare(self, kind: Kind) -> None:
-        """Prepare for a statement that reads or writes."""
+    def _prepare(self, kind: Kind, drops: Table | None) -> None:
+        """Prepare for a statement that reads or writes, or drops a table."""
         if self.state is _IDLE:
             self._begin(kind)
         elif self.state is _LOST:
             self._refuse()
-        elif self._attached and kind is _WRITE:
-            # SQLite would lock the file that is written, and not see that another one was read and has changed
+        elif self.state is _READING and kind is _WRITE and (self._attached or drops is not None):
+            # SQLite would lock the file that is written, and not see that another one was read and has changed; and
+            # what a dropped table takes with it is to be looked for in the newest snapshot
             self._restart()
+        if drops is not None:
+            require_no_losses(drops, self._fetch)
 
     def _control(self, statement: Statement) -> bool:
         """Prepare for a statement that neither reads nor writes; whether that was all there is to do."""
@@ -316,7 +333,9 @@ class Transaction:
         self._end()
 
     def rollback(self) -> None:
-        """Roll back; without a transaction it does nothing."""
+        """Roll back; without a transaction, or in a forked child, it does nothing."""
+        if self.is_the_parents:
+            return
         raw = self.raw
         try:
             if raw.in_transaction:
@@ -355,6 +374,25 @@ class Transaction:
         if self._claim is not None:
             self._claim.release()
 
+    def leave_to_parent(self) -> list[str]:
+        """Close it in a forked child; what can't be closed stays open, and the paths of its files are returned."""
+        raw, self._raw = self._raw, None
+        self.is_the_parents = True
+        paths: list[str] = []
+        if raw is not None:
+            # closing also rolls back, which is nothing to one that has only read
+            if self.source.is_networked or (raw.in_transaction and self.state is not _READING):
+                forking.keep((raw, self._keeper))
+                paths.append(self.source.name)
+                if self._attached:
+                    paths += [str(path) for _, _, path in raw.execute("PRAGMA database_list").fetchall()]
+            else:
+                raw.close()
+        self._keeper = None
+        self._line = Line()  # those in the old one are threads of the parent
+        self._end()
+        return paths
+
     def _end(self) -> None:
         self.state = _IDLE
         self._savepoints.clear()
@@ -390,7 +428,7 @@ class Transaction:
     def _versions(self) -> list[Rows]:
         """A number for each database that changes when another connection commits to it."""
         databases = self._fetch("PRAGMA database_list", ())
-        names = [_quoted(str(name)) for _, name, _ in databases if name != "temp"]
+        names = [quoted(str(name)) for _, name, _ in databases if name != "temp"]
         return [self._fetch(f"PRAGMA {name}.data_version", ()) for name in names]
 
     def _require_unchanged(self, snapshot: list[Rows] | None) -> None:
@@ -453,7 +491,7 @@ class Transaction:
 
     def _restore_savepoints(self) -> None:
         for name in self._savepoints:
-            self.raw.execute(f"SAVEPOINT {_quoted(name)}")
+            self.raw.execute(f"SAVEPOINT {quoted(name)}")
         if self.state is _WRITING:
             self._savepoints.clear()
 
@@ -541,8 +579,3 @@ def _digest(rows: Rows) -> bytes:
 
 
 _SHORT = 64  # bytes: most results of one row, for which the digest would cost more than it saves
-
-
-def _quoted(name: str) -> str:
-    escaped = name.replace('"', '""')
-    return f'"{escaped}"'

@@ -1,14 +1,17 @@
 """What the processes of the concurrency tests do.
 
 `worker.py rival DATABASE ROW` says `ready`, works until it is sent a line, and prints its result as JSON.
+`worker.py idle` does next to nothing, to show how long the machine itself holds a process up.
 `worker.py PROCESSES TASK DATABASE ...` lets several processes do a task from the same moment on, and prints the list of
 their results. They are forked after the imports, which take longer than most tasks, and before the driver is used.
 """
 
 import json
 import multiprocessing
+import os
 import random
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -123,7 +126,67 @@ def count(path: str, threads: str, transactions: str, level: str) -> dict[str, o
     return dict(counts)
 
 
-TASKS: dict[str, Callable[..., dict[str, object]]] = {"create": create, "skew": skew, "count": count}
+def crowd(path: str, threads: str, seconds: str) -> dict[str, object]:
+    """Count for a while at level IMMEDIATE, beside a thread that notes how long it was held up at most."""
+    engine = sa.create_engine(
+        f"sqlite+libsql:///{path}", isolation_level="IMMEDIATE", pool_size=int(threads), connect_args={"timeout": 30}
+    )
+    end = time.monotonic() + float(seconds)
+    each: list[int] = []
+
+    def work(_: random.Random, counts: Counter[str]) -> None:
+        while time.monotonic() < end:
+            with engine.begin() as connection:
+                n = connection.exec_driver_sql("SELECT n FROM items WHERE id = 1").scalar_one()
+                connection.exec_driver_sql("INSERT INTO log VALUES (?)", (n,))
+                connection.exec_driver_sql("UPDATE items SET n = ? WHERE id = 1", (n + 1,))
+            counts["committed"] += 1
+        each.append(counts["committed"])
+
+    stalls = [0.0]
+    working = True
+
+    def beat() -> None:
+        before = time.monotonic()
+        while working:
+            time.sleep(0.001)
+            now = time.monotonic()
+            stalls.append(max(stalls.pop(), now - before))
+            before = now
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    counts = in_threads(int(threads), work)
+    working = False
+    heart.join()
+    engine.dispose()
+    return {**counts, "least": min(each, default=0) if len(each) == int(threads) else 0, "stall": stalls[0]}
+
+
+def idle() -> None:
+    """Sync a file of its own now and then; print, for each line that is read, the longest time since the one before."""
+    worst = [0.0]
+
+    def beat() -> None:
+        with tempfile.TemporaryFile() as file:
+            before = time.monotonic()
+            while True:
+                file.write(b".")
+                file.flush()
+                os.fdatasync(file.fileno()) if hasattr(os, "fdatasync") else os.fsync(file.fileno())
+                time.sleep(0.001)
+                now = time.monotonic()
+                worst[0] = max(worst[0], now - before)
+                before = now
+
+    threading.Thread(target=beat, daemon=True).start()
+    for _ in sys.stdin:
+        sys.stdout.write(f"{worst[0]}\n")
+        sys.stdout.flush()
+        worst[0] = 0.0
+
+
+TASKS: dict[str, Callable[..., dict[str, object]]] = {"create": create, "skew": skew, "count": count, "crowd": crowd}
 
 
 def together(processes: int, task: str, arguments: list[str]) -> list[dict[str, object]]:
@@ -148,7 +211,9 @@ def together(processes: int, task: str, arguments: list[str]) -> list[dict[str, 
 
 if __name__ == "__main__":
     aion_timers.libsql.register()
-    if sys.argv[1] == "rival":
+    if sys.argv[1] == "idle":
+        idle()
+    elif sys.argv[1] == "rival":
         sys.stdout.write(json.dumps(rival(*sys.argv[2:])) + "\n")
     else:
         sys.stdout.write(json.dumps(together(int(sys.argv[1]), sys.argv[2], sys.argv[3:])) + "\n")
