@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ExceptionContext
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-MIGRATE: Final = "run `alembic upgrade head` or call aion_timers.migrate.upgrade(engine)"
+MIGRATE: Final = "run `aion-timers migrate` or `alembic upgrade heads`, or call aion_timers.migrate.upgrade(engine)"
 
 _DRIVERS: Final = {
     "postgresql": ("psycopg", "psycopg_async", "asyncpg"),

@@ -19,7 +19,10 @@ from tests.conftest import DATA
 from tests.migrations.conftest import HEAD, ROOT, Database, alembic, in_process, start_alembic
 
 FAILED = "ERROR [alembic.util.messaging] "
-NOT_MIGRATED = "the database is not migrated; run `alembic upgrade head` or call aion_timers.migrate.upgrade(engine)\n"
+NOT_MIGRATED = (
+    "the database is not migrated; run `aion-timers migrate` or `alembic upgrade heads`,"
+    " or call aion_timers.migrate.upgrade(engine)\n"
+)
 
 
 @pytest.mark.parametrize("backend", ["libsql", "psycopg"])
