@@ -20,7 +20,7 @@ demo: .venv/ready ## show timers in a libSQL file: kept through kills, and fired
 	$(BIN)/python -m examples.order_reminders
 
 test: .venv/ready ## run all tests, on libSQL, SQLite and a PostgreSQL server of their own
-	$(BIN)/python -m pytest -n 3
+	$(BIN)/python -m pytest -n 4
 
 check: .venv/ready ## formatting, lint, types, layers, docs, examples, SQLAlchemy's suite, and the package in a fresh environment
 	$(BIN)/ruff format --check .
