@@ -42,6 +42,7 @@ dialect-suite: .venv/ready ## SQLAlchemy's own suite for dialects, on ours and o
 
 bench: .venv/ready ## compare with the raw drivers, and measure dispatchers; prints ratios
 	$(BIN)/python benchmarks/floors.py
+	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/dispatch.py
 
 .venv-peers/ready: benchmarks/peers/constraints.txt
