@@ -728,7 +728,7 @@ Settle = Literal["complete", "release", "extend"]
 
 @cache
 def settle(dialect: Name, how: Settle, *, moved: bool = False, clocked: bool = False) -> Executable:
-    """Settle the claims of `claims`; the rows, which `unsettled` reads, tell which are done, or not, on PostgreSQL."""
+    """Settle the claims of `claims`. The rows, for `unsettled`, name those that were; on PostgreSQL the others."""
     change = _settling(how, dialect, moved=moved, clocked=clocked)
     if dialect == SQLITE:
         alive = tuple_(*_KEY, timers.c.lease_token).in_(select(*_rows_given()))

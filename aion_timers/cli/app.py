@@ -31,6 +31,7 @@ from aion_timers.cli.database import (
     told,
     wants_traceback,
 )
+from aion_timers.dispatcher.pacing import DEFAULT_BATCH
 from aion_timers.errors import DowngradeRefusedError, MigrationError
 from aion_timers.inventory import Criteria, Place
 from aion_timers.repository import TimerRepository
@@ -129,11 +130,10 @@ def _workflow(text: str) -> UUID:
 
 
 def _timer(text: str, *, anonymous: bool) -> TimerId:
-    if not anonymous:
-        return TimerId.named(text)
-    if not text.isdecimal():
+    if anonymous and not text.isdecimal():
         raise CommandError(f"TIMER {text!r}: no position; write a number, or leave out --anonymous", USAGE)
-    return TimerId.anonymous(int(text))
+    with told():
+        return TimerId.anonymous(int(text)) if anonymous else TimerId.named(text)
 
 
 # -- the schema -------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def schedule(
 ) -> None:
     """Schedule a timer, or move the one that has its key."""
     database = Database(url, schema)
-    workflow_id, timer_id = _workflow(workflow), _told_id(timer, anonymous=anonymous)
+    workflow_id, timer_id = _workflow(workflow), _timer(timer, anonymous=anonymous)
     with _session(database) as session:
         timers = TimerRepository(session)
         instant = output.parsed_instant("FIRE_AT", fire_at, timers.now())
@@ -223,11 +223,6 @@ def schedule(
         output.as_json({"workflow_id": str(workflow_id), "timer_id": timer_id.value, "fire_at": at, "changed": changed})
     else:
         output.line(f"{'scheduled for' if changed else 'left at'} {at}")
-
-
-def _told_id(text: str, *, anonymous: bool) -> TimerId:
-    with told():
-        return _timer(text, anonymous=anonymous)
 
 
 @app.command()
@@ -245,7 +240,7 @@ def cancel(
     workflow_id = _workflow(workflow)
     if every == bool(timer):
         raise CommandError("cancel takes a TIMER or --all; give one of the two", USAGE)
-    timer_id = None if every else _told_id(timer, anonymous=anonymous)
+    timer_id = None if every else _timer(timer, anonymous=anonymous)
     with _session(database) as session:
         timers = TimerRepository(session)
         number = timers.cancel_workflow(workflow_id) if timer_id is None else int(timers.cancel(workflow_id, timer_id))
@@ -380,7 +375,8 @@ def run_(
         int | None, typer.Option(min=1, show_default="1", help="How many handlers run at once.")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, show_default="100", help="How many timers one claim takes at most.")
+        int | None,
+        typer.Option(min=1, show_default=str(DEFAULT_BATCH), help="How many timers one claim takes at most."),
     ] = None,
     lease: Annotated[
         str, typer.Option(show_default="30s", help="How soon another worker takes over from a dead one.")

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import Engine, Uuid, event, func, inspect, make_url, select
-from sqlalchemy.exc import InvalidRequestError
+from sqlalchemy.exc import IntegrityError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import (
     DeclarativeBase,
@@ -18,6 +18,7 @@ from sqlalchemy.orm import (
     Session,
     aliased,
     foreign,
+    immediateload,
     joinedload,
     lazyload,
     mapped_column,
@@ -101,7 +102,7 @@ def names(timers: list[Timer]) -> list[str | int]:
 # -- relationships ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("load", [selectinload, joinedload, subqueryload])
+@pytest.mark.parametrize("load", [immediateload, selectinload, joinedload, subqueryload])
 def test_an_order_comes_with_its_timers(shop: Shop, load: Any) -> None:
     store, _ = shop
     with store.session() as session:
@@ -256,6 +257,18 @@ def test_a_savepoint_with_an_error_in_it_leaves_nothing(shop: Shop) -> None:
         assert [entry.timer_id.value for entry in timers.list_workflow(ids["cyd"])] == ["outer"]
 
 
+def test_a_commit_whose_flush_fails_takes_the_timers_with_it(shop: Shop) -> None:
+    store, ids = shop
+    session = store.new_session()
+    store.repository(session).schedule(ids["cyd"], "remind", NOW)
+    session.add(Order(id=ids["ann"], customer="ann again"))
+    with pytest.raises(IntegrityError):
+        session.commit()
+    session.close()
+    with store.timers() as timers:
+        assert timers.list_workflow(ids["cyd"]) == []
+
+
 # -- events -----------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +292,20 @@ def test_a_flush_schedules_a_timer_for_each_new_order(shop: Shop) -> None:
     assert timers.get(undone, "remind") is None
     assert timers.get(kept, "remind") == TimerEntry(kept, "remind", NOW)
     session.close()
+
+
+def test_the_hosts_events_see_one_transaction(shop: Shop) -> None:
+    store, _ = shop
+    seen: list[str] = []
+    with store.session() as session:
+        sync = session.wrapped.sync_session if store.is_async else session
+        for name in ("after_begin", "before_commit", "after_commit", "after_rollback"):
+            event.listen(sync, name, lambda *_, name=name: seen.append(name))
+        session.add(Order(id=(order_id := uuid4()), customer="dee"))
+        timers = store.repository(session)
+        timers.schedule(order_id, "first", NOW)
+        timers.cancel(order_id, "first")
+    assert seen == ["after_begin", "before_commit", "after_commit"]
 
 
 def test_after_the_commit_it_is_too_late_to_schedule(shop: Shop) -> None:
@@ -420,6 +447,18 @@ def test_two_databases_commit_together(store: Store, databases: Databases) -> No
     with sessions() as session:
         assert session.scalars(select(Order.customer)).all() == ["ida"]
         assert TimerRepository(session).get(kept, "remind") == TimerEntry(kept, "remind", NOW)
+        assert TimerRepository(session).get(undone, "remind") is None
+    with sessions() as session:
+        session.add(Order(id=kept, customer="ida again"))
+        TimerRepository(session).schedule(undone, "remind", NOW)
+        with pytest.raises(IntegrityError):
+            session.commit()
+    with sessions() as session:
+        session.add(Order(id=undone, customer="jon"))
+        TimerRepository(session).schedule(undone, "remind", NOW)
+        session.rollback()
+    with sessions() as session:
+        assert session.scalars(select(Order.customer)).all() == ["ida"]
         assert TimerRepository(session).get(undone, "remind") is None
     assert store.sql("SELECT count(*) FROM pg_prepared_xacts") == [(0,)]
     other.dispose()

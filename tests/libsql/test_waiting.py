@@ -10,13 +10,13 @@ from aion_timers.libsql.waiting import Line, LockWait, line_of
 def test_a_wait_ends_at_its_timeout() -> None:
     assert not LockWait(0).pause()
     begun = time.monotonic()
-    wait = LockWait(0.05)
+    wait = LockWait(0.5)
     tries = 0
     while wait.pause():
         tries += 1
-    assert time.monotonic() - begun >= 0.05
+    assert time.monotonic() - begun >= 0.5
     assert wait.remaining == 0
-    assert tries > 2
+    assert tries > 10
 
 
 def test_a_line_is_first_come_first_served() -> None:
