@@ -320,11 +320,10 @@ class Call(NamedTuple):
 Calls: TypeAlias = Generator[Call, Any, T]
 
 
-class Outcome(NamedTuple, Generic[D]):
-    """What is to become of a claim: deleted, or given back to be due as before or after a while."""
+class Release(NamedTuple, Generic[D]):
+    """A timer that is to be given back, to be due as before or after a while."""
 
     delivery: D
-    fate: Literal["complete", "release"]
     delay: timedelta | None = None
 
 
@@ -332,7 +331,8 @@ class Outcome(NamedTuple, Generic[D]):
 class Turn(Generic[D]):
     """What a transaction has changed, once it is committed."""
 
-    settled: Sequence[Outcome[D]]
+    completed: Sequence[D]
+    released: Sequence[Release[D]]
     settlements: Sequence[Settlement]
     claims: Sequence[Claim]
     limit: int
@@ -409,7 +409,9 @@ class Books(Generic[D]):
         self._lock = threading.Lock()
         # of deliveries, not of claims, whose hash is made of all that they hold
         self._held: set[D] = set()
-        self._outcomes: list[Outcome[D]] = []
+        # what the database is to be told
+        self._to_complete: list[D] = []
+        self._to_release: list[Release[D]] = []
         self._typical: float | None = None
         self._now: datetime | None = None
         self._now_at = 0.0
@@ -435,19 +437,21 @@ class Books(Generic[D]):
         if not delivery.lost:
             return self._last_start
         with self._lock:
-            self._outcomes.append(Outcome(delivery, "release"))
+            self._to_release.append(Release(delivery))
         return None
 
     def end(self, delivery: D, error: BaseException | None, started: float) -> bool:
         """A handler has ended; whether the loop should look."""
-        outcome = self._judge(delivery, error)
+        fate = self._judge(delivery, error)
         with self._lock:
             self.handled += 1
             self._typical = pacing.typical_run(self._typical, time.monotonic() - started)
-            if outcome is None:
+            if fate == "complete":
+                self._to_complete.append(delivery)
+            elif fate == "over":
                 self._held.discard(delivery)
             else:
-                self._outcomes.append(outcome)
+                self._to_release.append(Release(delivery, fate))
             return self._waiting.qsize() <= self._low
 
     def interrupted(self, delivery: D) -> None:
@@ -456,14 +460,14 @@ class Books(Generic[D]):
             if delivery.settled:
                 self._held.discard(delivery)
             else:
-                self._outcomes.append(Outcome(delivery, "release"))
+                self._to_release.append(Release(delivery))
 
-    def _judge(self, delivery: D, error: BaseException | None) -> Outcome[D] | None:
+    def _judge(self, delivery: D, error: BaseException | None) -> timedelta | Literal["complete", "over"]:
         if error is None:
-            return None if delivery.settled else Outcome(delivery, "complete")
+            return "over" if delivery.settled else "complete"
         if isinstance(error, LeaseLost) and error.claim == delivery.claim:
             _log.info("left to others, since its lease is lost: %r", delivery, extra=_extra(delivery))
-            return None
+            return "over"
         if delivery.settled:
             _log.error(
                 "handler failed after its transaction was committed, so it is not tried again: %r",
@@ -471,11 +475,11 @@ class Books(Generic[D]):
                 exc_info=error,
                 extra=_extra(delivery),
             )
-            return None
+            return "over"
         delay = self._delay(delivery, error)
         if delay is None:
             _log.error("gave up, and deletes: %r", delivery, exc_info=error, extra=_extra(delivery))
-            return Outcome(delivery, "complete")
+            return "complete"
         _log.warning(
             "handler failed, and is tried again in %s: %r",
             delay,
@@ -483,7 +487,7 @@ class Books(Generic[D]):
             exc_info=error,
             extra=_extra(delivery, retry_in=delay.total_seconds()),
         )
-        return Outcome(delivery, "release", delay)
+        return delay
 
     def _delay(self, delivery: D, error: BaseException) -> timedelta | None:
         try:
@@ -520,7 +524,7 @@ class Books(Generic[D]):
         due = now >= self._ask_at
         if limit and ((due and self._certain) or (self.hint and not self._is_sqlite)):
             return Move("turn", limit)
-        if self._outcomes and now >= self._busy_until:
+        if (self._to_complete or self._to_release) and now >= self._busy_until:
             return Move("turn")
         # on a file a hint may be any commit, our own too, and a question takes no lock
         return Move("turn", look=True) if limit and (due or self.hint) else None
@@ -529,7 +533,7 @@ class Books(Generic[D]):
         ends = [now + self._longest()]
         if limit:
             ends.append(self._ask_at)
-        if self._outcomes:
+        if self._to_complete or self._to_release:
             ends.append(self._busy_until)
         if self._waiting.qsize():
             ends.append(now + pacing.STUCK)
@@ -540,7 +544,7 @@ class Books(Generic[D]):
 
     def _room(self) -> int:
         with self._lock:
-            busy = len(self._held) - len(self._outcomes)
+            busy = len(self._held) - len(self._to_complete) - len(self._to_release)
         settings = self.settings
         return pacing.room(concurrency=settings.concurrency, batch=settings.batch, busy=busy, typical=self._typical)
 
@@ -549,21 +553,22 @@ class Books(Generic[D]):
         try:
             while True:
                 if (delivery := self._waiting.get_nowait()) is not None:
-                    given.append(Outcome(delivery, "release"))
+                    given.append(Release(delivery))
         except self._nothing:
             pass
         with self._lock:
-            self._outcomes += given
+            self._to_release += given
             # how quick handlers were is no measure now
             self._typical = None
 
     def _abandon(self) -> None:
         """Forget what the database could not be told for the length of a lease; the leases have run out by then."""
         with self._lock:
-            given, self._outcomes = self._outcomes, []
-            self._held.difference_update(outcome.delivery for outcome in given)
-        if given:
-            _log.error("stopped without settling %d timers, which will be fired again", len(given))
+            left = [*self._to_complete, *(release.delivery for release in self._to_release)]
+            self._to_complete, self._to_release = [], []
+            self._held.difference_update(left)
+        if left:
+            _log.error("stopped without settling %d timers, which will be fired again", len(left))
 
     def turn(self, move: Move) -> Calls[Turn[D]]:
         """One transaction: settle what has ended, claim what is due, and ask when to come again."""
@@ -572,11 +577,12 @@ class Books(Generic[D]):
         started = time.monotonic()
         if move.look:
             wake = yield Call("next_wake", (self.routes.names,))
-            return Turn((), (), (), 0, started, time.monotonic(), asked=True, wake=wake)
-        yield from self._look_at_clock()
+            return Turn((), (), (), (), 0, started, time.monotonic(), asked=True, wake=wake)
         with self._lock:
-            outcomes = tuple(self._outcomes)
-        settlements = yield from self._settle(outcomes)
+            completed, released = tuple(self._to_complete), tuple(self._to_release)
+        if move.limit or released:
+            yield from self._look_at_clock()
+        settlements = yield from self._settle(completed, released)
         claims: Sequence[Claim] = ()
         asked, wake = False, None
         if move.limit:
@@ -587,7 +593,9 @@ class Books(Generic[D]):
             asked = len(claims) < move.limit and not self.once
             if asked:
                 wake = yield Call("next_wake", (self.routes.names,))
-        return Turn(outcomes, settlements, claims, move.limit, started, time.monotonic(), asked=asked, wake=wake)
+        return Turn(
+            completed, released, settlements, claims, move.limit, started, time.monotonic(), asked=asked, wake=wake
+        )
 
     def _refuse_adopted(self) -> Calls[None]:
         # after a claim, which says so if there is no table, and which is rolled back by the refusal
@@ -610,18 +618,17 @@ class Books(Generic[D]):
         now = self._now or datetime.now(UTC)
         return now if self.settings.clock else now + timedelta(seconds=time.monotonic() - self._now_at)
 
-    def _settle(self, outcomes: Sequence[Outcome[D]]) -> Calls[list[Settlement]]:
+    def _settle(self, completed: Sequence[D], released: Sequence[Release[D]]) -> Calls[list[Settlement]]:
         settlements = []
-        fired = [outcome.delivery.claim for outcome in outcomes if outcome.fate == "complete"]
-        if fired:
-            settlements.append((yield Call("complete", tuple(fired))))
-        given = [outcome.delivery.claim for outcome in outcomes if outcome.fate == "release" and outcome.delay is None]
-        if given:
-            settlements.append((yield Call("release", tuple(given))))
-        for outcome in outcomes:
-            if outcome.delay is not None:
-                retry_at = {"retry_at": self._later(outcome.delay)}
-                settlements.append((yield Call("release", (outcome.delivery.claim,), retry_at)))
+        if completed:
+            settlements.append((yield Call("complete", tuple([delivery.claim for delivery in completed]))))
+        at_once = tuple(release.delivery.claim for release in released if release.delay is None)
+        if at_once:
+            settlements.append((yield Call("release", at_once)))
+        for release in released:
+            if release.delay is not None:
+                retry_at = {"retry_at": self._later(release.delay)}
+                settlements.append((yield Call("release", (release.delivery.claim,), retry_at)))
         return settlements
 
     def _later(self, delay: timedelta) -> datetime:
@@ -637,10 +644,15 @@ class Books(Generic[D]):
         self._failures = 0
         busy = {claim for settlement in turn.settlements for claim in settlement.busy}
         self._log_lost([claim for settlement in turn.settlements for claim in settlement.lost])
-        done = {outcome.delivery for outcome in turn.settled if not (busy and outcome.delivery.claim in busy)}
+        again = [delivery for delivery in turn.completed if delivery.claim in busy] if busy else []
+        released = [release for release in turn.released if release.delivery.claim in busy] if busy else []
         with self._lock:
-            self._outcomes = [outcome for outcome in self._outcomes if outcome.delivery not in done]
-            self._held -= done
+            # what has ended since then stands behind it
+            del self._to_complete[: len(turn.completed)], self._to_release[: len(turn.released)]
+            self._to_complete += again
+            self._to_release += released
+            self._held.difference_update(turn.completed, (release.delivery for release in turn.released))
+            self._held.update(again, (release.delivery for release in released))
         if busy:
             self._busy_until = turn.ended + _BUSY_PAUSE
         if turn.limit and self.once:

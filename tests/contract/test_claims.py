@@ -158,6 +158,17 @@ def test_two_claims_on_one_timer_are_told_apart_in_one_call(store: Store, clock:
         assert timers.release(old, new, new) == Settlement((new, new), (), (old,))
 
 
+def test_claims_of_several_workflows_are_told_apart_though_some_are_there_twice(store: Store, clock: Clock) -> None:
+    with store.timers(clock=clock) as timers:
+        timers.schedule_many(TimerEntry(workflow, "a", NOW) for workflow in (ALPHA, BETA))
+        lost, other = timers.claim(limit=2, lease=LEASE)
+        assert timers.cancel(lost.timer.workflow_id, "a")
+        assert timers.release(other, lost, other, lost) == Settlement((other, other), (), (lost, lost))
+        clock.now = NOW + LEASE
+        (new,) = timers.claim(limit=1, lease=LEASE)
+        assert timers.release(lost, other, new) == Settlement((new,), (), (lost, other))
+
+
 def test_confirm_raises_once_the_lease_is_lost(store: Store) -> None:
     with store.timers() as timers:
         timers.schedule(ALPHA, "a", NOW)

@@ -425,6 +425,38 @@ def test_an_acknowledgement_waits_for_a_host_that_has_the_row_and_holds_up_no_ot
         locked.close()
 
 
+@pytest.mark.parametrize("backend", POSTGRES, indirect=True)
+def test_a_stop_waits_until_a_host_lets_go_of_what_was_fired_or_has_failed(
+    store: Store, dispatchers: Dispatchers
+) -> None:
+    schedule(store, "fired", "failed")
+    running: set[str] = set()
+    go = threading.Event()
+    locked = store.new_session()
+
+    def handle(delivery: Fired) -> None:
+        running.add(delivery.name)
+        delivery.wait_for(go.is_set)
+        assert delivery.name == "fired"
+
+    try:
+        with dispatchers.running(handle, concurrency=2, retry=lambda *_: timedelta(hours=24)) as round_:
+            wait_until(lambda: len(running) == 2)
+            locked.execute(text("SELECT * FROM timers FOR UPDATE"))
+            go.set()
+            round_.dispatcher.stop()
+            round_.thread.join(0.3)
+            assert round_.thread.is_alive()
+            locked.rollback()
+        with store.timers() as timers:
+            (timer,) = timers.list_workflow(ALPHA)
+            assert (timer.timer_id.value, timer.fire_at > timers.now() + timedelta(hours=23)) == ("failed", True)
+            assert timers.next_wake() > timedelta(hours=23)
+    finally:
+        go.set()
+        locked.close()
+
+
 # -- which timers, in which order, how many ---------------------------------------------------------------------------
 
 
