@@ -13,7 +13,7 @@ help: ## list the targets
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[asyncio,cli,postgres]' --group test --group check
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[asyncio,cli,postgres,server]' --group test --group check
 	touch $@
 
 demo: .venv/ready ## show timers in a libSQL file: kept through kills, and fired once by two workers
@@ -44,6 +44,7 @@ bench: .venv/ready ## compare with the raw drivers, and measure dispatchers; pri
 	$(BIN)/python benchmarks/floors.py
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/dispatch.py
+	$(BIN)/python benchmarks/server.py
 
 .venv-peers/ready: benchmarks/peers/constraints.txt
 	$(PYTHON) -m venv .venv-peers

@@ -24,7 +24,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from aion_timers import migrate, prepare_sqlite
 
-from .store import ASYNC_DRIVERS, BACKENDS, Store
+from .sqld import Sqld
+from .store import ASYNC_DRIVERS, BACKENDS, SERVERS, Store
 
 pytest_plugins = ["aion_timers.testing.pytest_plugin", "pytester"]
 
@@ -100,6 +101,37 @@ def _admin(server: URL) -> psycopg.Connection[Any]:
     return psycopg.connect(server.render_as_string(hide_password=False), autocommit=True)
 
 
+# by default the whole contract of the repository and that of the dispatcher on the sync one, and a part on the async
+# one, which has the same code but for its way of waiting
+_ON_SERVERS = {
+    "libsql_server": {
+        "test_check",
+        "test_claims",
+        "test_concurrency",
+        "test_dispatcher",
+        "test_host_queries",
+        "test_model",
+        "test_never_early",
+        "test_orm",
+        "test_refusals",
+        "test_timers",
+        "test_upgrade",
+        "test_wakeup",
+    },
+    "aiolibsql_server": {"test_claims", "test_orm", "test_wakeup"},
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave the other tests on a libSQL server to `make soak`: a default run has to be short."""
+    for item in items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        backend = parameters.get("backend")
+        if backend in SERVERS and item.path.stem not in _ON_SERVERS[backend]:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Show what the long runs have counted: a table for each name that they recorded a row under."""
     tables: dict[str, list[dict[str, object]]] = {}
@@ -165,6 +197,22 @@ def libsql_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sqld() -> Iterator[Sqld]:
+    """A libSQL server on which the tests make databases."""
+    with Sqld.started() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def sqld_template(sqld: Sqld) -> str:
+    """The name of a migrated database on the libSQL server, to be forked."""
+    engine = create_engine(sqld.create("template"))
+    migrate.upgrade(engine)
+    engine.dispose()
+    return "template"
+
+
+@pytest.fixture(scope="session")
 def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A migrated file made by sqlite3, to be copied while nobody has it open."""
     return _template(tmp_path_factory, "sqlite")
@@ -194,6 +242,13 @@ def url(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterato
         made = databases.create(template=request.getfixturevalue("postgres_template"))
         yield made.set(drivername=f"postgresql+{backend}")
         databases.drop(made)
+        return
+    if backend in SERVERS:
+        server: Sqld = request.getfixturevalue("sqld")
+        name = f"test{next(_numbers)}"
+        made = server.fork(request.getfixturevalue("sqld_template"), name)
+        yield made.set(drivername=f"sqlite+{backend.removesuffix('_server')}")
+        server.drop(name)
         return
     template = request.getfixturevalue("libsql_template" if "libsql" in backend else "sqlite_template")
     path = tmp_path / "timers.db"

@@ -14,8 +14,12 @@ from sqlalchemy.orm import Session
 
 from aion_timers import AsyncTimerRepository, TimerRepository
 
-BACKENDS = ("libsql", "aiolibsql", "sqlite", "aiosqlite", "psycopg", "psycopg_async", "asyncpg")
-ASYNC_DRIVERS = {"aiolibsql", "aiosqlite", "psycopg_async", "asyncpg"}
+SERVERS = ("libsql_server", "aiolibsql_server")
+BACKENDS = ("libsql", "aiolibsql", *SERVERS, "sqlite", "aiosqlite", "psycopg", "psycopg_async", "asyncpg")
+HEARING = tuple(backend for backend in BACKENDS if backend not in SERVERS)
+"""Those whose workers hear of what others commit; on a libSQL server they look for themselves."""
+
+ASYNC_DRIVERS = {"aiolibsql", "aiolibsql_server", "aiosqlite", "psycopg_async", "asyncpg"}
 
 
 async def _wait(awaitable: Any) -> Any:

@@ -77,6 +77,8 @@ class Database:
             self.url = make_url(url)
         except (ArgumentError, ValueError):
             raise CommandError(f"{origin} is not the URL of a database; give one, {_EXAMPLES}", USAGE) from None
+        if self.url.drivername == "libsql":
+            self.url = _with_driver(self.url)
         backend = self.url.get_backend_name()
         if backend not in {"postgresql", "sqlite"}:
             raise CommandError(f"{origin} names the database {backend!r}; give one that serves, {_EXAMPLES}", USAGE)
@@ -165,6 +167,12 @@ class Database:
             if secret:
                 text = text.replace(str(secret), "***")
         return text
+
+
+def _with_driver(url: URL) -> URL:
+    """The long form of ``libsql://``, which means TLS unless it says something else."""
+    said = "secure" in url.query or "tls" in url.query or not url.host
+    return url.set(drivername="sqlite+libsql").update_query_dict({} if said else {"secure": "true"})
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from aion_timers.libsql.errors import (
     InternalError,
     NotSupportedError,
     OperationalError,
+    OutcomeUnknownError,
     ProgrammingError,
     SnapshotError,
     Warning,  # noqa: A004 - PEP 249 fixes the name
@@ -55,6 +56,7 @@ __all__ = [
     "InternalError",
     "NotSupportedError",
     "OperationalError",
+    "OutcomeUnknownError",
     "ProgrammingError",
     "SnapshotError",
     "Warning",
@@ -62,23 +64,24 @@ __all__ = [
     "register",
 ]
 
-_DIALECT_MODULE = "aion_timers.libsql.dialect"
+_MODULE = "aion_timers.libsql.sound"
 
 
 def register() -> None:
-    """Make ``sqlite+libsql`` and ``sqlite+aiolibsql`` the names of this package's dialects.
+    """Make ``sqlite+libsql``, ``sqlite+aiolibsql`` and ``libsql`` the names of this package's dialects.
 
-    The driver is needed only when an engine is made.
+    What each needs, the driver or httpx, is needed only when an engine is made.
     """
     # sqlalchemy_libsql registers its own dialects when it is first imported: that shall be before, not after
     with suppress(ImportError):
         load()
         importlib.import_module("sqlalchemy_libsql")
-    registry.register("sqlite.libsql", _DIALECT_MODULE, "LibsqlDialect")
-    registry.register("sqlite.aiolibsql", "aion_timers.libsql.aio", "AsyncLibsqlDialect")
+    registry.register("sqlite.libsql", _MODULE, "SyncEntry")
+    registry.register("sqlite.aiolibsql", _MODULE, "AsyncEntry")
+    registry.register("libsql", _MODULE, "EitherEntry")
 
 
 def is_sound(dialect: Dialect) -> bool:
     """Whether it is one of this package's dialects; an engine made before ``register()`` has another."""
-    module = sys.modules.get(_DIALECT_MODULE)
-    return module is not None and isinstance(dialect, module.LibsqlDialect)
+    module = sys.modules.get(_MODULE)
+    return module is not None and isinstance(dialect, module.SoundDialect)

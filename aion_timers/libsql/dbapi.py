@@ -26,6 +26,7 @@ from aion_timers.libsql.errors import (
     InternalError,
     NotSupportedError,
     OperationalError,
+    OutcomeUnknownError,
     ProgrammingError,
     SnapshotError,
     Warning,  # noqa: A004 - PEP 249 fixes the name
@@ -60,6 +61,7 @@ __all__ = [
     "InternalError",
     "NotSupportedError",
     "OperationalError",
+    "OutcomeUnknownError",
     "ProgrammingError",
     "SnapshotError",
     "Warning",
@@ -115,7 +117,7 @@ def connect(
         raise ProgrammingError(f"a database is given as a str or a path, not as {type(database).__name__}")
     source = Source(address, {name: value for name, value in options.items() if name not in _FOR_SQLITE3})
     source.require_known()
-    level, seconds, safety = _level(isolation_level), checked_timeout(timeout), checked_synchronous(synchronous)
+    level, seconds, safety = checked_level(isolation_level), checked_timeout(timeout), checked_synchronous(synchronous)
     if source.is_replica:
         return _open_replica(source, level, seconds)
     connection = Connection(Transaction(source.open(), source, level, seconds))
@@ -187,7 +189,8 @@ def checked_synchronous(synchronous: object) -> str:
     raise ProgrammingError(f"synchronous is FULL or NORMAL, not {synchronous!r}")
 
 
-def _level(name: object) -> Level:
+def checked_level(name: object) -> Level:
+    """The level of this name; else ProgrammingError."""
     if name is None:
         return Level.AUTOCOMMIT
     try:
@@ -213,7 +216,7 @@ class Connection:
 
     @isolation_level.setter
     def isolation_level(self, name: str | None) -> None:
-        self._transaction.level = _level(name)
+        self._transaction.level = checked_level(name)
 
     @property
     def timeout(self) -> float:
@@ -384,7 +387,7 @@ class Cursor:
 
 def _bound(statement: Statement, parameters: Sequence[Any]) -> tuple[str, Parameters]:
     """The text and the values that the driver can bind for these parameters."""
-    values = parameters if type(parameters) is tuple else _positional(parameters)
+    values = parameters if type(parameters) is tuple else positional(parameters)
     if len(values) != statement.parameter_count:
         raise ProgrammingError(
             f"the statement has {statement.parameter_count} parameters, but {len(values)} were given"
@@ -406,7 +409,8 @@ def _bound(statement: Statement, parameters: Sequence[Any]) -> tuple[str, Parame
     return statement.inlined(values) if wide else (statement.sql, values)
 
 
-def _positional(parameters: object) -> tuple[Any, ...]:
+def positional(parameters: object) -> tuple[Any, ...]:
+    """The parameters, if they are a sequence; else NotSupportedError."""
     if isinstance(parameters, Sequence) and not isinstance(parameters, str | bytes | bytearray | memoryview):
         return tuple(parameters)
     raise NotSupportedError(f"parameters are given as a sequence, not as {type(parameters).__name__}")

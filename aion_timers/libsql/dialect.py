@@ -13,11 +13,11 @@ from sqlalchemy import exc, pool
 
 from aion_timers.libsql import dbapi as libsql_dbapi
 from aion_timers.libsql.driver import MISSING, in_memory
-from aion_timers.libsql.transaction import Level
+from aion_timers.libsql.sound import SoundDialect, url_level, url_seconds
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import URL, Connection, Engine
-    from sqlalchemy.engine.interfaces import ConnectArgsType, DBAPIConnection
+    from sqlalchemy.engine import URL, Engine
+    from sqlalchemy.engine.interfaces import ConnectArgsType
 
 try:
     from sqlalchemy_libsql.libsql import SQLiteDialect_libsql
@@ -25,7 +25,7 @@ except ImportError as error:
     raise ModuleNotFoundError(MISSING) from error
 
 
-class LibsqlDialect(SQLiteDialect_libsql):  # type: ignore[misc] # sqlalchemy_libsql has no types
+class LibsqlDialect(SoundDialect, SQLiteDialect_libsql):  # type: ignore[misc] # sqlalchemy_libsql has no types
     """libSQL through this package's PEP 249 module.
 
     Args:
@@ -76,9 +76,9 @@ class LibsqlDialect(SQLiteDialect_libsql):  # type: ignore[misc] # sqlalchemy_li
             )
         arguments = [_absolute(arguments[0])]
         if timeout is not None:
-            options["timeout"] = _seconds(timeout)
+            options["timeout"] = url_seconds("timeout", timeout)
         if level is not None:
-            options["isolation_level"] = _level(level)
+            options["isolation_level"] = url_level(level)
         options.pop("secure", None)
         options["synchronous"] = self.synchronous
         return arguments, options
@@ -90,40 +90,6 @@ class LibsqlDialect(SQLiteDialect_libsql):  # type: ignore[misc] # sqlalchemy_li
 
     def on_connect(self) -> None:
         """Nothing: the driver can't have functions written in Python."""
-
-    def _get_server_version_info(self, connection: Connection) -> tuple[int, ...]:
-        version = connection.exec_driver_sql("SELECT sqlite_version()").scalar_one()
-        return tuple(map(int, version.split(".")))
-
-    def get_isolation_level_values(self, dbapi_connection: DBAPIConnection) -> list[str]:  # noqa: ARG002
-        """The levels that a connection can be set to."""
-        return [level.value for level in Level]
-
-    def get_isolation_level(self, dbapi_connection: DBAPIConnection) -> str:
-        """The level of a connection."""
-        level: str = dbapi_connection.isolation_level
-        return level
-
-    # at the first connect: the engine's isolation_level, where it has one, is set by then and is the default
-    get_default_isolation_level = get_isolation_level
-
-    def set_isolation_level(self, dbapi_connection: DBAPIConnection, level: str) -> None:
-        """Set the level of a connection."""
-        dbapi_connection.isolation_level = level
-
-    def detect_autocommit_setting(self, dbapi_conn: DBAPIConnection) -> bool:
-        """Whether a connection is at level AUTOCOMMIT."""
-        autocommit: bool = dbapi_conn.isolation_level == Level.AUTOCOMMIT.value
-        return autocommit
-
-    def do_ping(self, dbapi_connection: DBAPIConnection) -> bool:
-        """See whether a connection works, without beginning anything."""
-        dbapi_connection.ping()
-        return True
-
-    def is_disconnect(self, e: Exception, connection: object, cursor: object) -> bool:  # noqa: ARG002
-        """Whether the connection can't be used any more."""
-        return isinstance(e, libsql_dbapi.DisconnectError | libsql_dbapi.ClosedError)
 
 
 _engines: WeakSet[Engine] = WeakSet()
@@ -160,17 +126,3 @@ def _absolute(address: str) -> str:
     if relative is None or in_memory(address):
         return address
     return f"file:{quote(str(Path(unquote(relative['path'])).absolute()))}{address[relative.end() :]}"
-
-
-def _seconds(text: str | tuple[str, ...]) -> float:
-    try:
-        return libsql_dbapi.checked_timeout(float(str(text)))
-    except (ValueError, libsql_dbapi.ProgrammingError):
-        raise exc.ArgumentError(f"the URL's timeout is a number of seconds, 0 or more, not {text!r}") from None
-
-
-def _level(name: str | tuple[str, ...]) -> str:
-    levels = [level.value for level in Level]
-    if name in levels:
-        return str(name)
-    raise exc.ArgumentError(f"the URL's isolation_level is one of {', '.join(levels)}, not {name!r}")

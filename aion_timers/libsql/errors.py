@@ -1,4 +1,4 @@
-"""The exceptions of PEP 249, and three more that tell a caller what to do next.
+"""The exceptions of PEP 249, and four more that tell a caller what to do next.
 
 ::
 
@@ -12,11 +12,12 @@
             ├── InternalError
             ├── NotSupportedError
             ├── OperationalError
-            │   ├── BusyError          try again later
-            │   ├── DisconnectError    take another connection
-            │   └── SnapshotError      roll back and run the transaction again
+            │   ├── BusyError            try again later
+            │   ├── DisconnectError      take another connection
+            │   ├── OutcomeUnknownError  look whether it was done
+            │   └── SnapshotError        roll back and run the transaction again
             └── ProgrammingError
-                └── ClosedError        the connection was closed
+                └── ClosedError          the connection was closed
 
 The module needs no driver, so that ``except SnapshotError`` can be written everywhere.
 """
@@ -28,6 +29,9 @@ class Warning(Exception):  # noqa: A001, N818 - PEP 249 fixes the name
 
 class Error(Exception):
     """Every error of this package."""
+
+    code: str | None = None
+    """What a server calls it, such as ``SQLITE_CONSTRAINT`` or ``STREAM_EXPIRED``; None for a file."""
 
 
 class InterfaceError(Error):
@@ -68,6 +72,13 @@ class BusyError(OperationalError):
 
 class DisconnectError(OperationalError):
     """The connection broke; a pool replaces it."""
+
+
+class OutcomeUnknownError(OperationalError):
+    """A server gave no answer to a COMMIT, or to a write at level AUTOCOMMIT: it may have been done, or not.
+
+    The connection broke, and a pool replaces it. Look at the database before you do the same again.
+    """
 
 
 class SnapshotError(OperationalError):

@@ -9,13 +9,11 @@ the reads are run again under it. If they give the same rows, the transaction is
 start. Else it has relied on something that is no longer true, and ends with ``SnapshotError``.
 """
 
-import marshal
 from collections.abc import Callable
 from contextlib import suppress
 from enum import Enum, auto
-from hashlib import sha256
 from traceback import clear_frames
-from typing import Final, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from aion_timers.libsql import forking
 from aion_timers.libsql.driver import Description, RawConnection, RawCursor, Source, is_panic, needs_primary
@@ -27,8 +25,8 @@ from aion_timers.libsql.errors import (
     Error,
     OperationalError,
     ProgrammingError,
-    SnapshotError,
 )
+from aion_timers.libsql.reads import CHANGED, Reads, digest, stale
 from aion_timers.libsql.replica import Claim, require_primary
 from aion_timers.libsql.sql import (
     ATTACH,
@@ -47,9 +45,6 @@ from aion_timers.libsql.waiting import Line, LockWait
 
 _T = TypeVar("_T")
 Outcome = tuple[RawCursor, Description | None, Rows | None]
-
-MAX_REPEATED_ROWS: Final = 1_000
-"""How many rows a transaction may have read for its reads to be repeated."""
 
 
 class Level(Enum):
@@ -99,11 +94,7 @@ class Transaction:
         self._line = source.line
         # the open ones, as long as a restart would have to set them again
         self._savepoints: list[str] = []
-        # text, parameters and a digest of the rows of each read, and how many more rows may be kept that way
-        self._reads: list[tuple[str, Parameters, bytes]] = []
-        self._rows_left = MAX_REPEATED_ROWS
-        # why the reads can't be run again
-        self._unrepeatable = ""
+        self._reads = Reads()
         # no after PRAGMA defer_foreign_keys: a ROLLBACK, which a restart needs, would take it back
         self._restartable = True
         # whether the connection has more files than one
@@ -222,26 +213,16 @@ class Transaction:
             self.timeout = milliseconds(statement.sql) / 1000
         return self._run(f"SELECT {round(self.timeout * 1000)} AS timeout", ())
 
-    def _remember(self, sql: str, parameters: Parameters, rows: Rows | None) -> None:
-        """Keep a read, to run it again."""
-        if rows is None or self._unrepeatable:
-            return
-        self._rows_left -= len(rows) + 1
-        if self._rows_left >= 0:
-            self._reads.append((sql, parameters, _digest(rows)))
-        else:
-            self._make_unrepeatable(f"more than {MAX_REPEATED_ROWS} rows had been read")
-
     def _note(self, statement: Statement, sql: str, parameters: Parameters, rows: Rows | None) -> None:
         """After a statement in a transaction that had only read."""
         kind = statement.kind
         if kind is _READ or kind is Kind.INSPECT:
-            self._remember(sql, parameters, rows)
+            self._reads.remember(sql, parameters, rows)
         elif kind in (Kind.SAVEPOINT, Kind.RELEASE, Kind.ROLLBACK_TO):
             self._move_savepoint(kind, statement.name)
         else:
             self.state = _WRITING
-            self._forget()
+            self._reads.forget()
 
     def _follow(self, statement: Statement) -> None:
         """After a statement by which the caller begins or ends a transaction in SQL."""
@@ -268,11 +249,11 @@ class Transaction:
                 self._lose("it has done something that would be lost if it were begun again")
         if self.state is _READING:
             if kind is _READ or kind is Kind.INSPECT:
-                self._make_unrepeatable("a read had failed")
+                self._reads.give_up("a read had failed")
             elif kind is _WRITE or kind is Kind.CONFIGURE:
                 # it may have left something behind, as INSERT OR FAIL does
                 self.state = _WRITING
-                self._forget()
+                self._reads.forget()
         if failure is error:
             raise error
         raise failure from None
@@ -280,7 +261,7 @@ class Transaction:
     def _end_at_primary(self) -> NoReturn:
         """After a statement for which the primary, started anew, had no transaction any more."""
         self.state = _LOST
-        self._forget()
+        self._reads.forget()
         raise OperationalError(
             "the primary has lost the transaction: what it did before this statement is undone, and this statement may"
             " have been committed alone"
@@ -396,7 +377,7 @@ class Transaction:
     def _end(self) -> None:
         self.state = _IDLE
         self._savepoints.clear()
-        self._forget()
+        self._reads.forget()
         self._restartable = True
         self._line.call()
 
@@ -423,7 +404,7 @@ class Transaction:
         self.state = _WRITING if writes else _READING
         self._restore_savepoints()
         if writes:
-            self._forget()
+            self._reads.forget()
 
     def _versions(self) -> list[Rows]:
         """A number for each database that changes when another connection commits to it."""
@@ -435,17 +416,17 @@ class Transaction:
         """Unless nobody has committed since, run the reads again and compare."""
         if snapshot is not None and self._versions() == snapshot:
             return
-        if self._unrepeatable:
-            self._lose(self._unrepeatable)
-        for sql, parameters, digest in self._reads:
+        if self._reads.unrepeatable:
+            self._lose(self._reads.unrepeatable)
+        for sql, parameters, before in self._reads:
             try:
-                same = _digest(self._fetch(sql, parameters)) == digest
+                same = digest(self._fetch(sql, parameters)) == before
             except (BusyError, DisconnectError):
                 raise
             except OperationalError:  # such as a table that is gone
                 same = False
             if not same:
-                self._lose("a read that it made gives other rows now")
+                self._lose(CHANGED)
 
     def _fetch(self, sql: str, parameters: Parameters) -> Rows:
         raw = self.raw
@@ -460,21 +441,9 @@ class Transaction:
         if self._is_replica:
             with suppress(Error):  # else the next try would read what is old again
                 self.source.call(raw.sync)
-        self._forget()
+        self._reads.forget()
         self._line.call()
-        raise SnapshotError(
-            f"the transaction can't write, because another connection has committed meanwhile or is about to: {reason};"
-            " roll back and run it again, at isolation level IMMEDIATE if that shall not happen twice"
-        )
-
-    def _make_unrepeatable(self, reason: str) -> None:
-        self._unrepeatable = f"its reads can't be compared, since {reason}"
-        self._reads.clear()
-
-    def _forget(self) -> None:
-        self._reads.clear()
-        self._rows_left = MAX_REPEATED_ROWS
-        self._unrepeatable = ""
+        raise stale(reason)
 
     # -- savepoints --------------------------------------------------------------------------------
 
@@ -569,13 +538,3 @@ class Transaction:
 
 
 _LOOK_UP = 0.1  # seconds between looks, while others are first, at whether the wait was abandoned
-
-
-def _digest(rows: Rows) -> bytes:
-    """A few bytes that are the same only for the same values of the same types."""
-    # version 2 writes equal values alike; later ones also write which objects are shared
-    data = marshal.dumps(rows, 2)
-    return data if len(data) <= _SHORT else sha256(data).digest()
-
-
-_SHORT = 64  # bytes: most results of one row, for which the digest would cost more than it saves

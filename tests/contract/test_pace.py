@@ -17,7 +17,7 @@ from aion_timers import Claim, Timer, TimerEntry, TimerRepository
 from tests.contract.test_plans import executed
 from tests.dispatching import Dispatchers, Fired, Standing, wait_until
 from tests.meeting import ALPHA, FILES, FUTURE, MINUTE, PAST, POSTGRES, left, schedule
-from tests.store import Store
+from tests.store import HEARING, Store
 
 BETA = UUID("00000000-0000-4000-8000-00000000000b")
 SHORT = timedelta(milliseconds=300)
@@ -137,6 +137,7 @@ def test_a_wake_up_that_is_missed_makes_a_timer_late_by_the_longest_sleep_at_mos
         wait_until(lambda: seen == ["soon"])
 
 
+@pytest.mark.parametrize("backend", HEARING, indirect=True)
 def test_a_timer_that_comes_before_all_others_wakes_a_dispatcher_that_would_sleep_long(
     store: Store, dispatchers: Dispatchers
 ) -> None:

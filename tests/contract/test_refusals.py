@@ -34,7 +34,7 @@ from aion_timers import (
     prepare_sqlite,
 )
 from tests.conftest import Databases, open_engine
-from tests.store import Store
+from tests.store import BACKENDS, SERVERS, Store
 
 NOW = datetime(2026, 6, 3, 2, 30, tzinfo=UTC)
 ALPHA = UUID("00000000-0000-4000-8000-00000000000a")
@@ -312,6 +312,9 @@ def bare_store(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> 
         databases = request.getfixturevalue("databases")
         made = databases.create()
         url = made.set(drivername=f"postgresql+{backend}")
+    elif backend in SERVERS:
+        url = request.getfixturevalue("sqld").create(f"bare_{backend}")
+        url = url.set(drivername=f"sqlite+{backend.removesuffix('_server')}")
     else:
         url = URL.create("sqlite" if backend == "sqlite" else f"sqlite+{backend}", database=str(tmp_path / "bare.db"))
     with asyncio.Runner() as runner:
@@ -320,6 +323,8 @@ def bare_store(backend: str, tmp_path: Path, request: pytest.FixtureRequest) -> 
         store.close()
     if databases is not None:
         databases.drop(made)
+    if backend in SERVERS:
+        request.getfixturevalue("sqld").drop(f"bare_{backend}")
 
 
 def test_a_database_that_is_not_migrated_names_the_command(bare_store: Store) -> None:
@@ -376,6 +381,7 @@ def test_a_pool_without_a_free_connection_says_so(url: URL, backend: str) -> Non
         store.close()
 
 
+@pytest.mark.parametrize("backend", [one for one in BACKENDS if one not in SERVERS], indirect=True)
 def test_a_database_that_can_only_be_read_says_so(store: Store, url: URL) -> None:
     if store.is_sqlite:
         read_only = URL.create(url.drivername, database=f"file:{url.database}", query={"mode": "ro", "uri": "true"})

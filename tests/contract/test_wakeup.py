@@ -27,13 +27,19 @@ from aion_timers import wakeup
 from aion_timers.libsql import dbapi
 from aion_timers.wakeup import AsyncWakeup, Wakeup
 from tests.conftest import open_engine
-from tests.store import ASYNC_DRIVERS, Store
+from tests.store import ASYNC_DRIVERS, HEARING, SERVERS, Store
 
 SOON = 30.0  # seconds that nobody waits for, unless something is broken
 NEVER = 0.2  # seconds in which something that must not happen would have
 POSTGRES = pytest.mark.parametrize("backend", ["psycopg", "psycopg_async", "asyncpg"], indirect=True)
 FILES = pytest.mark.parametrize("backend", ["libsql", "aiolibsql", "sqlite", "aiosqlite"], indirect=True)
 ASYNC_FILES = pytest.mark.parametrize("backend", ["aiolibsql", "aiosqlite"], indirect=True)
+
+
+@pytest.fixture(params=HEARING)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of a backend whose waiters hear."""
+    return str(request.param)
 
 
 class Waiter:
@@ -118,6 +124,15 @@ def test_rings_when_it_begins_since_nobody_heard_what_came_before(store: Store) 
     with Waiter(store.engine) as waiter:
         assert waiter.wait(SOON)
         assert not waiter.wait(NEVER)
+
+
+@pytest.mark.parametrize("backend", SERVERS, indirect=True)
+def test_on_a_libsql_server_nothing_rings_but_who_calls(store: Store) -> None:
+    with Waiter(store.engine) as waiter:
+        stirred(store)
+        assert not waiter.wait(NEVER)
+        waiter.inner.wake()
+        assert waiter.wait(SOON)
 
 
 def test_rings_after_another_connection_commits_and_not_before(store: Store) -> None:
@@ -589,7 +604,7 @@ def test_in_memory_only_wake_rings(driver: str, database: str | None) -> None:
 # -- async ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", sorted(ASYNC_DRIVERS), indirect=True)
+@pytest.mark.parametrize("backend", sorted(ASYNC_DRIVERS.intersection(HEARING)), indirect=True)
 def test_a_wait_that_is_cancelled_keeps_what_rings(store: Store) -> None:
     async def scenario() -> None:
         async with AsyncWakeup(store.engine) as waiter:  # type: ignore[arg-type] # async here
@@ -631,7 +646,7 @@ def test_close_waits_for_a_file_that_is_being_opened(url: URL, monkeypatch: pyte
     eventually(lambda: threading.active_count() <= threads)
 
 
-@pytest.mark.parametrize("backend", sorted(ASYNC_DRIVERS), indirect=True)
+@pytest.mark.parametrize("backend", sorted(ASYNC_DRIVERS.intersection(HEARING)), indirect=True)
 def test_a_loop_that_ends_without_close_leaves_no_connection(store: Store, url: URL) -> None:
     async def scenario() -> None:
         waiter = await AsyncWakeup(open_engine(url)).__aenter__()  # type: ignore[arg-type] # async here

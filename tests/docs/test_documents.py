@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,6 @@ from sybil import Document, Example
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 from tests.installed import Environment, made_once
-from tests.sqld import Sqld
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -27,13 +25,6 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """Where a reader has installed the library."""
     return made_once(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def sqld() -> Iterator[Sqld]:
-    """The server of those who read of libSQL's replicas."""
-    with Sqld.started() as server:
-        yield server
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -47,6 +38,7 @@ def test_every_code_block_of_a_page_runs(
     if "PRIMARY_URL" in page.read_text():
         url = request.getfixturevalue("sqld").url
         monkeypatch.setenv("PRIMARY_URL", f"http://{url.host}:{url.port}")
+        monkeypatch.setenv("SERVER_URL", url.render_as_string())
     for name in ("alembic.ini", "migrations"):  # a reader works in a checkout
         (tmp_path / name).symlink_to(ROOT / name)
     shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("__pycache__", "*.db*"))

@@ -16,7 +16,8 @@ import pytest
 from alembic.config import Config
 from sqlalchemy import URL, Connection, Engine, text
 
-from tests.conftest import Databases, open_engine
+from tests.conftest import Databases, _numbers, open_engine
+from tests.store import SERVERS
 
 ROOT = Path(__file__).parents[2]
 HEAD = "aion0002"
@@ -111,12 +112,17 @@ def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cal
     """Makes databases that nothing has migrated."""
     made: list[Database] = []
     dropped: list[URL] = []
+    spaces: list[str] = []
 
     def make(backend: str, file: Path | None = None, **options: Any) -> Database:
         if backend.startswith(("psycopg", "asyncpg")):
             databases: Databases = request.getfixturevalue("databases")
             dropped.append(databases.create())
             url = dropped[-1].set(drivername=f"postgresql+{backend}")
+        elif backend in SERVERS:
+            spaces.append(f"migrations{next(_numbers)}")
+            made_there = request.getfixturevalue("sqld").create(spaces[-1])
+            url = made_there.set(drivername=f"sqlite+{backend.removesuffix('_server')}")
         else:
             file = file or tmp_path / f"{len(made)}.db"
             url = URL.create("sqlite" if backend == "sqlite" else f"sqlite+{backend}", database=str(file))
@@ -129,6 +135,8 @@ def new_database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Cal
             database.engine.dispose()
     for url in dropped:
         request.getfixturevalue("databases").drop(url)
+    for space in spaces:
+        request.getfixturevalue("sqld").drop(space)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from aion_timers.schema import metadata, timers
 from tests.migrations.conftest import HEAD, Database, Snapshot, in_process
 from tests.migrations.test_adoption import CREATE_INDEX, CREATE_TABLE, SQLITE_BACKENDS, TIMERS, UPSERT
 from tests.migrations.test_command_line import run_script
+from tests.store import BACKENDS, SERVERS
 
 BEFORE = "aion0001"
 OURS = CREATE_TABLE.replace("IF NOT EXISTS ", "") + " WITHOUT ROWID"
@@ -209,6 +210,8 @@ def test_a_table_made_from_the_metadata_is_ours(
     assert database.snapshot() == []
 
 
+# a libSQL server attaches no files
+@pytest.mark.parametrize("backend", [one for one in BACKENDS if one not in SERVERS])
 def test_the_metadata_makes_a_table_in_the_schema_that_a_host_translates_to(database: Database, tmp_path: Path) -> None:
     before = database.snapshot()
 

@@ -276,8 +276,14 @@ def explain_driver(error: libsql.Error | libsql.Warning) -> str:
             return "run the transaction again"
         case libsql.DisconnectError() | libsql.ClosedError():
             return "connect again"
-        case libsql.OperationalError() | libsql.IntegrityError() | libsql.DataError() | libsql.InternalError():
-            return "look at the data"
+        case (
+            libsql.OutcomeUnknownError()
+            | libsql.OperationalError()
+            | libsql.IntegrityError()
+            | libsql.DataError()
+            | libsql.InternalError()
+        ):
+            return f"look at the data: {error.code}"
         case libsql.ProgrammingError() | libsql.NotSupportedError() | libsql.InterfaceError():
             return "look at the program"
         case libsql.DatabaseError():

@@ -1,0 +1,297 @@
+"""How a request gets to the server and its answer back: once with httpx's sync client, once with its async one.
+
+HTTP connections are kept alive and shared by all connections of a process, or of an event loop, that have the same
+settings. They are closed with the last of these. A child process that was forked opens its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, Final, Protocol
+from weakref import WeakKeyDictionary
+
+try:
+    import httpx
+except ImportError as error:
+    raise ModuleNotFoundError(
+        "libSQL servers need httpx: pip install 'aion-timers[server]'; for async engines aion-timers[server,asyncio]"
+    ) from error
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Iterator, MutableMapping
+
+
+class UnsentError(Exception):
+    """The server has not got the request."""
+
+
+class UnansweredError(Exception):
+    """The server may have got the request, and perhaps has done all of it."""
+
+
+class BrokenError(UnansweredError):
+    """The connection ended first, as one that was kept alive may do at the moment when it is used again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How HTTP connections are made, and how long they may take.
+
+    Args:
+        connect_timeout: seconds until there is a connection, TLS included.
+        read_timeout: seconds in which nothing comes from the server or goes to it.
+        request_timeout: seconds from the beginning of a request to the end of its answer.
+        ssl_context: how the server's certificate is checked; None for the usual way.
+    """
+
+    connect_timeout: float
+    read_timeout: float
+    request_timeout: float
+    ssl_context: ssl.SSLContext | None = None
+
+    def timeout(self) -> httpx.Timeout:
+        """The limits that httpx keeps."""
+        return httpx.Timeout(self.read_timeout, connect=self.connect_timeout)
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of httpx's clients."""
+        # SQLAlchemy's pool is the limit, and who waits there is told so
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=_IDLE)
+        return {"timeout": self.timeout(), "limits": limits, "verify": self.ssl_context or _usual_context()}
+
+
+_IDLE: Final = 30.0  # seconds: what lies between may have forgotten a connection that was silent for longer
+
+
+@cache
+def _usual_context() -> ssl.SSLContext:
+    # it reads all certificates that there are, which takes a while
+    return httpx.create_ssl_context()
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back."""
+
+    status: int
+    location: str
+    """Where a redirect points to."""
+    body: bytes
+
+
+class Exchange(Protocol):
+    """Sends requests, and waits. Sync code calls it; the async one waits in SQLAlchemy's greenlet."""
+
+    def post(self, url: str, body: bytes) -> Reply:
+        """Send a request.
+
+        Raises:
+            UnansweredError: it may have arrived.
+            UnsentError: it has not.
+        """
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+
+    def close(self) -> None:
+        """Let go of the HTTP connections, and close them if nobody else uses them."""
+
+    def drop(self) -> None:
+        """The same where nothing can be awaited."""
+
+
+def _why(error: Exception, settings: Settings) -> UnsentError | UnansweredError:
+    """What an error of httpx's means."""
+    match error:
+        case httpx.ConnectTimeout():
+            return UnsentError(f"can't be reached within {settings.connect_timeout:g} s (connect_timeout)")
+        case httpx.ConnectError() | httpx.ProxyError() | httpx.UnsupportedProtocol() | httpx.LocalProtocolError():
+            return UnsentError(f"can't be reached ({error})")
+        case httpx.TimeoutException():
+            return UnansweredError(f"was silent for {settings.read_timeout:g} s (read_timeout)")
+        case TimeoutError():
+            return UnansweredError(f"took longer than {settings.request_timeout:g} s (request_timeout)")
+    return BrokenError(f"broke the connection off ({str(error) or type(error).__name__})")
+
+
+class _Requests:
+    """Makes requests: the parts that are always the same are made once, which a client alone would not do."""
+
+    def __init__(self, settings: Settings, headers: dict[str, str]) -> None:
+        self._headers = httpx.Headers({"accept-encoding": "gzip, deflate", **headers})
+        self._extensions = {"timeout": settings.timeout().as_dict()}
+
+    def post(self, url: str, body: bytes) -> httpx.Request:
+        return httpx.Request("POST", _url(url), headers=self._headers, content=body, extensions=self._extensions)
+
+
+_url = lru_cache(maxsize=128)(httpx.URL)
+
+
+def _reply(response: httpx.Response, body: bytes) -> Reply:
+    return Reply(response.status_code, response.headers.get("location", ""), body)
+
+
+# -- shared clients ----------------------------------------------------------------------------------------------------
+
+
+class _Shared:
+    """A client and how many use it."""
+
+    def __init__(self, client: Any) -> None:  # noqa: ANN401 - either of httpx's
+        self.client = client
+        self.users = 0
+
+
+_mutex = threading.Lock()
+_sync: dict[Settings, _Shared] = {}
+# an async client belongs to the event loop that it was made in
+_async: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Settings, _Shared]] = WeakKeyDictionary()
+
+
+def _take(clients: MutableMapping[Settings, _Shared], settings: Settings, make: Any) -> _Shared:  # noqa: ANN401 - a class
+    with _mutex:
+        shared = clients.get(settings)
+        if shared is None:
+            shared = clients[settings] = _Shared(make(**settings.options()))
+        shared.users += 1
+        return shared
+
+
+def _give_back(clients: MutableMapping[Settings, _Shared], settings: Settings, shared: _Shared) -> bool:
+    """Whether nobody uses the client any more."""
+    with _mutex:
+        shared.users -= 1
+        if shared.users == 0 and clients.get(settings) is shared:
+            del clients[settings]
+    return shared.users == 0
+
+
+def _after_fork() -> None:
+    """In a child: the clients, and perhaps the mutex, are the parent's."""
+    global _mutex  # noqa: PLW0603 - a thread of the parent may have held it
+    _mutex = threading.Lock()
+    # not closed: that would end TLS on connections that the parent goes on using
+    _sync.clear()
+    _async.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+# -- sync --------------------------------------------------------------------------------------------------------------
+
+
+class SyncExchange:
+    """Blocks the thread, and no other."""
+
+    def __init__(self, settings: Settings, headers: dict[str, str]) -> None:
+        self._settings = settings
+        self._requests = _Requests(settings, headers)
+        self._process = os.getpid()
+        self._shared: _Shared | None = _take(_sync, settings, httpx.Client)
+
+    def _client(self) -> httpx.Client:
+        if self._shared is None or self._process != os.getpid():
+            self._process = os.getpid()
+            self._shared = _take(_sync, self._settings, httpx.Client)
+        client: httpx.Client = self._shared.client
+        return client
+
+    def post(self, url: str, body: bytes) -> Reply:
+        """Send a request; the total timeout is looked at whenever something comes."""
+        deadline = time.monotonic() + self._settings.request_timeout
+        try:
+            with closing(self._client().send(self._requests.post(url, body), stream=True)) as response:
+                return _reply(response, b"".join(_until(deadline, response.iter_bytes())))
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+            raise _why(error, self._settings) from error
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)
+
+    def close(self) -> None:
+        """Let go of the HTTP connections, and close them if nobody else uses them."""
+        shared, self._shared = self._shared, None
+        if shared is not None and self._process == os.getpid() and _give_back(_sync, self._settings, shared):
+            shared.client.close()
+
+    def drop(self) -> None:
+        """The same."""
+        self.close()
+
+
+def _until(deadline: float, chunks: Iterator[bytes]) -> Iterator[bytes]:
+    for chunk in chunks:
+        yield chunk
+        if time.monotonic() > deadline:
+            raise TimeoutError
+
+
+# -- async -------------------------------------------------------------------------------------------------------------
+
+
+class AsyncExchange:
+    """Lets the event loop go on. Its methods are called in SQLAlchemy's greenlet."""
+
+    def __init__(self, settings: Settings, headers: dict[str, str]) -> None:
+        # here, since sync engines need no greenlet
+        from sqlalchemy.util.concurrency import await_  # noqa: PLC0415 - greenlet is an extra
+
+        self._await = await_
+        self._settings = settings
+        self._requests = _Requests(settings, headers)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._shared: _Shared | None = None
+
+    def _client(self) -> httpx.AsyncClient:
+        loop = asyncio.get_running_loop()
+        if self._shared is None or self._loop is not loop:
+            # one of another loop can't be closed in this one
+            self._loop = loop
+            self._shared = _take(_async.setdefault(loop, {}), self._settings, httpx.AsyncClient)
+        client: httpx.AsyncClient = self._shared.client
+        return client
+
+    def post(self, url: str, body: bytes) -> Reply:
+        """Send a request."""
+        reply: Reply = self._await(self._post(url, body))
+        return reply
+
+    async def _post(self, url: str, body: bytes) -> Reply:
+        try:
+            async with asyncio.timeout(self._settings.request_timeout):
+                response = await self._client().send(self._requests.post(url, body))
+                return _reply(response, response.content)
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+            raise _why(error, self._settings) from error
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        self._await(asyncio.sleep(seconds))
+
+    def close(self) -> None:
+        """Let go of the HTTP connections, and close them if nobody else uses them."""
+        if shared := self._leave():
+            self._await(shared.client.aclose())
+
+    def drop(self) -> None:
+        """Let go of them where nothing can be awaited; they are closed when they are collected as garbage."""
+        self._leave()
+
+    def _leave(self) -> _Shared | None:
+        shared, self._shared = self._shared, None
+        loop, self._loop = self._loop, None
+        if shared is None or loop is None:
+            return None
+        last = _give_back(_async.get(loop, {}), self._settings, shared)
+        return shared if last and not loop.is_closed() else None
