@@ -19,17 +19,17 @@ help: ## list the targets
 demo: .venv/ready ## show timers in a libSQL file: kept through kills, and fired once by two workers
 	$(BIN)/python -m examples.order_reminders
 
-test: .venv/ready ## run all tests, on libSQL, SQLite and a PostgreSQL server of their own
-	$(BIN)/python -m pytest -n 4
+test: .venv/ready ## run all tests, on libSQL files and a libSQL server, SQLite, and a PostgreSQL server of their own
+	$(BIN)/python -m pytest -n 4 --dist worksteal --ignore tests/docs
 
-check: .venv/ready ## formatting, lint, types, layers, docs, examples, SQLAlchemy's suite, and the package in a fresh environment
+check: .venv/ready ## formatting, lint, types, layers, the docs' code, SQLAlchemy's suite, and the package in a fresh environment
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy --strict tests/typing/user_program.py
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q tests/docs tests/examples
+	$(BIN)/python -m pytest -q -n 2 tests/docs
 	$(BIN)/python -m tests.dialect_suite
 	$(BIN)/python tests/packaging.py dist
 	$(BIN)/python tests/wheel.py dist

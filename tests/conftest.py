@@ -107,7 +107,6 @@ _ON_SERVERS = {
     "libsql_server": {
         "test_check",
         "test_claims",
-        "test_concurrency",
         "test_dispatcher",
         "test_host_queries",
         "test_model",
@@ -118,7 +117,7 @@ _ON_SERVERS = {
         "test_upgrade",
         "test_wakeup",
     },
-    "aiolibsql_server": {"test_claims", "test_orm", "test_wakeup"},
+    "aiolibsql_server": {"test_claims", "test_wakeup"},
 }
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import Engine, create_engine, event
 
-from aion_timers import Claim, TimerEntry
+from aion_timers import Claim, TimerEntry, TimerRepository, prepare_sqlite
+from tests.conftest import Databases
 from tests.store import Store
 
 NOW = datetime(2026, 6, 3, 2, 30, tzinfo=UTC)
@@ -21,7 +24,10 @@ DUE = TimerEntry(ALPHA, 1, NOW)
 LEASE = timedelta(seconds=30)
 
 # one backend of each planner: the others send the same statements
-pytestmark = pytest.mark.parametrize("backend", ["libsql", "sqlite", "psycopg"], indirect=True)
+pytestmark = [
+    pytest.mark.parametrize("backend", ["libsql", "sqlite", "psycopg"], indirect=True),
+    pytest.mark.usefixtures("statistics"),
+]
 
 CALLS: dict[str, Any] = {
     "expired": lambda t: t.expired(NOW, limit=10),
@@ -84,23 +90,55 @@ def plans(store: Store, call: Any) -> list[str]:
     return found
 
 
-@pytest.fixture(params=["with statistics", "without statistics"])
-def filled(store: Store, request: pytest.FixtureRequest) -> Store:
-    """A store with many future timers."""
-    with store.timers() as timers:
+@pytest.fixture(scope="module", params=["with statistics", "without statistics"])
+def statistics(request: pytest.FixtureRequest) -> bool:
+    """Whether the planner knows the table."""
+    return str(request.param) == "with statistics"
+
+
+@pytest.fixture(scope="module")
+def postgres_template(postgres_template: str, databases: Databases, statistics: bool) -> Iterator[str]:
+    """A database with many future timers, to be copied."""
+    url = databases.create(template=postgres_template)
+    fill(create_engine(url.set(drivername="postgresql+psycopg")), "VACUUM ANALYZE" if statistics else None)
+    yield str(url.database)
+    databases.drop(url)
+
+
+@pytest.fixture(scope="module")
+def libsql_template(libsql_template: Path, tmp_path_factory: pytest.TempPathFactory, statistics: bool) -> Path:
+    """A file with many future timers, to be copied."""
+    path = Path(shutil.copy(libsql_template, tmp_path_factory.mktemp("filled")))
+    fill(create_engine(f"sqlite+libsql:///{path}"), "ANALYZE" if statistics else None)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sqlite_template(sqlite_template: Path, tmp_path_factory: pytest.TempPathFactory, statistics: bool) -> Path:
+    """The same, made by sqlite3."""
+    path = Path(shutil.copy(sqlite_template, tmp_path_factory.mktemp("filled")))
+    engine = create_engine(f"sqlite:///{path}")
+    prepare_sqlite(engine)
+    fill(engine, "ANALYZE" if statistics else None)
+    return path
+
+
+def fill(engine: Engine, analyze: str | None) -> None:
+    with engine.begin() as connection:
+        timers = TimerRepository(connection)
         timers.schedule_many(
             TimerEntry(UUID(int=number), number % 7, NOW + timedelta(hours=1 + number)) for number in range(20_000)
         )
         timers.schedule(ALPHA, 1, NOW)
-    if request.param == "with statistics":
-        with store.connection(isolation_level="AUTOCOMMIT") as connection:
-            connection.exec_driver_sql("ANALYZE" if store.is_sqlite else "VACUUM ANALYZE")
-    return store
+    if analyze is not None:
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.exec_driver_sql(analyze)
+    engine.dispose()
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-def test_what_is_due_is_found_by_the_index_and_not_sorted(filled: Store, call: Any) -> None:
-    found = plans(filled, call)
+def test_what_is_due_is_found_by_the_index_and_not_sorted(store: Store, call: Any) -> None:
+    found = plans(store, call)
     assert "idx_timers_fire_at" in found[0]
     for plan in found:
         assert "Seq Scan" not in plan
@@ -110,7 +148,7 @@ def test_what_is_due_is_found_by_the_index_and_not_sorted(filled: Store, call: A
 
 
 @pytest.mark.parametrize("call", KEYED.values(), ids=KEYED.keys())
-def test_what_has_a_key_is_found_by_it(filled: Store, call: Any) -> None:
-    for plan in plans(filled, call):
+def test_what_has_a_key_is_found_by_it(store: Store, call: Any) -> None:
+    for plan in plans(store, call):
         assert "Seq Scan" not in plan
         assert "SCAN timers" not in plan
