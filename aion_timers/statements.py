@@ -86,12 +86,14 @@ Name = Literal["sqlite", "postgresql"]
 Parameters: TypeAlias = dict[str, Any]
 Row: TypeAlias = Sequence[Any]
 
+CHANNEL: Final = "aion_timers_"
+"""What a channel's name begins with; the table's object id ends it, which no two tables of a database share."""
+
 _KEY: Final = (timers.c.workflow_id, timers.c.timer_id)
 _ORDER: Final = (timers.c.fire_at, *_KEY)
 _EARLIEST: Final = "0001-01-01T00:00:00.000000000Z"
 _RAW: Final = NullType()
 _TIMESTAMP: Final = postgresql.TIMESTAMP(timezone=True)
-_CHANNEL: Final = "aion_timers_"
 _LOOKED_AT: Final = 64
 _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -488,7 +490,7 @@ def _tell(instant: ColumnElement[Any], table: ColumnElement[Any], *, clocked: bo
         .scalar_subquery()
     )
     # by its oid, which tells the tables of two schemas apart, whatever the statement calls them
-    channel = _sql(f"'{_CHANNEL}'").concat(cast(table, Text))
+    channel = _sql(f"'{CHANNEL}'").concat(cast(table, Text))
     serializable = func.current_setting(_sql("'transaction_isolation'"), type_=_RAW) == _sql("'serializable'")
     # nothing is evaluated after a WHEN that holds, so at SERIALIZABLE the index is not read: two transactions that
     # schedule quite different timers would be in conflict

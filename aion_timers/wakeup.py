@@ -28,6 +28,7 @@ from sqlalchemy import Connection, Engine, text
 
 from aion_timers.engine import MIGRATE
 from aion_timers.errors import NotMigratedError
+from aion_timers.statements import CHANNEL
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     from typing import Self
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
-
-CHANNEL: Final = "aion_timers_"
-"""What a channel's name begins with; the table's object id ends it, which no two tables of a database share."""
 
 _POLL: Final = 0.04  # seconds: half of it late in the mean, for less than a percent of a core
 _PING_AFTER: Final = 30.0  # seconds of silence, after which a server or a firewall may have forgotten the connection
