@@ -125,7 +125,7 @@ class _Requests:
     """Makes requests: the parts that are always the same are made once, which a client alone would not do."""
 
     def __init__(self, settings: Settings, headers: dict[str, str]) -> None:
-        self._headers = httpx.Headers({"accept-encoding": "gzip, deflate", **headers})
+        self._headers = httpx.Headers(headers)
         self._extensions = {"timeout": settings.timeout().as_dict()}
 
     def post(self, url: str, body: bytes) -> httpx.Request:

@@ -161,6 +161,20 @@ def test_a_stream_may_move_but_not_lose_its_tls() -> None:
         server.continued("file:///etc/passwd")
 
 
+@pytest.mark.parametrize(
+    ("base", "encoding"),
+    [
+        ("http://127.0.0.1:8080", "identity"),
+        ("http://localhost/db", "identity"),
+        ("http://[::1]:8080", "identity"),
+        ("https://db.example", "gzip, deflate"),
+        ("http://10.0.0.1:8080", "gzip, deflate"),
+    ],
+)
+def test_answers_are_packed_where_they_go_over_a_network(base: str, encoding: str) -> None:
+    assert Server(base).headers["accept-encoding"] == encoding
+
+
 def test_a_token_is_hidden() -> None:
     server = Server("https://one", "secret-token")
     assert "secret" not in repr(server)
