@@ -13,6 +13,7 @@ import time
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from http.cookiejar import CookieJar
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from weakref import WeakKeyDictionary
 
@@ -64,7 +65,15 @@ class Settings:
         """The arguments of httpx's clients."""
         # SQLAlchemy's pool is the limit, and who waits there is told so
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=_IDLE)
-        return {"timeout": self.timeout(), "limits": limits, "verify": self.ssl_context or _usual_context()}
+        context = self.ssl_context or _usual_context()
+        return {"timeout": self.timeout(), "limits": limits, "verify": context, "cookies": _NoCookies()}
+
+
+class _NoCookies(CookieJar):
+    """Looks for no cookies: the protocol has none, and to look parses the headers of each answer once more."""
+
+    def extract_cookies(self, response: object, request: object) -> None:
+        """Do nothing."""
 
 
 _IDLE: Final = 30.0  # seconds: what lies between may have forgotten a connection that was silent for longer
