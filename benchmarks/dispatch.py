@@ -12,8 +12,7 @@ drain               timers that are due at once, fired by `Dispatcher.run_due` w
                     checks. ``raw`` has a transaction for each of the two, ``raw 2`` deletes a batch and leases the
                     next one in one. Each contender is measured with several batch sizes, and the best of ours is held
                     against the best of the floor. libSQL commits with ``synchronous=FULL``.
-two processes       three times as many on PostgreSQL, all of them by one, or by two processes that have both fired
-                    two batches before: long enough that a last batch of one, while the other has none left, is little.
+two processes       the same on PostgreSQL, all of it by one or by two processes that are connected already.
 transaction         each timer in a `Delivery.transaction` of its own, which writes a row, against a loop written by
                     hand with SQLAlchemy: lease a batch; then for each timer a session that locks the row by its key
                     and token, writes the same row, deletes the timer by key and token, and commits.
@@ -364,15 +363,9 @@ def _worker_engine(url: str, *, normal: bool = False) -> Engine:
     return engine
 
 
-def work_drain(url: str, batch: str, warm: str = "") -> object:
-    """Fire what is due; how many, and from when to when by the clock that all processes share.
-
-    A warm one has fired what was due before.
-    """
+def work_drain(url: str, batch: str) -> object:
+    """Fire what is due; how many, and from when to when by the clock that all processes share."""
     dispatcher = Dispatcher(_worker_engine(url), nothing, batch=int(batch))
-    if warm:
-        dispatcher.run_due()
-        gc.collect()
     _await_go()
     began = time.monotonic()
     handled = dispatcher.run_due()
@@ -534,19 +527,16 @@ def drain(database: Database, effort: Effort) -> list[Figure]:
 
 def two_processes(database: Database, effort: Effort) -> list[Figure]:
     """One process against two."""
-    batch, timers = BATCHES[1], 3 * effort.timers
+    batch = BATCHES[1]
     rates: dict[int, list[float]] = {1: [], 2: []}
     for round_number in range(effort.rounds):
         for processes in (1, 2) if round_number % 2 else (2, 1):
-            # two batches for each to warm up with, as the caches of a single drain are warm
-            database.fill(list(overdue(2 * batch * processes)))
-            with started(*[worker("drain", database.address(), str(batch), "warm")] * processes) as go:
-                assert database.count("timers") == 0
-                database.fill(list(overdue(timers)))
+            database.fill(list(overdue(effort.timers)))
+            with started(*[worker("drain", database.address(), str(batch))] * processes) as go:
                 done = go()
-            assert sum(handled for handled, _, _ in done) == timers
+            assert sum(handled for handled, _, _ in done) == effort.timers
             seconds = max(ended for _, _, ended in done) - min(began for _, began, _ in done)
-            rates[processes].append(timers / seconds)
+            rates[processes].append(effort.timers / seconds)
     return [ratio_of("drain, 2 processes of 1", rates[2], rates[1], 1.5)]
 
 
