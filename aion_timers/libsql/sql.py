@@ -9,7 +9,7 @@ from enum import Enum, auto
 from functools import lru_cache
 from typing import Final, TypeAlias
 
-from aion_timers.libsql.errors import DataError, NotSupportedError, ProgrammingError
+from aion_timers.libsql.errors import DataError, NotSupportedError, OperationalError, ProgrammingError
 
 Value: TypeAlias = int | float | str | bytes | None
 Parameters: TypeAlias = tuple[Value, ...]
@@ -72,6 +72,11 @@ class Statement:
     """Of the savepoint, the PRAGMA or another statement that configures, in lower case; of BEGIN its mode."""
     drops: Table | None = None
     """The table of a DROP TABLE."""
+
+    @property
+    def begins_deferred(self) -> bool:
+        """Whether it is a BEGIN that leaves it to the first statement which lock is taken."""
+        return self.kind is Kind.BEGIN and self.name in ("", "transaction", "deferred")
 
     def inlined(self, parameters: Parameters) -> tuple[str, Parameters]:
         """The text and parameters with wide integers written into the text: a sign and digits, nothing to inject."""
@@ -287,6 +292,22 @@ def quoted(name: str) -> str:
     """The name as an identifier."""
     escaped = name.replace('"', '""')
     return f'"{escaped}"'
+
+
+def move_savepoint(savepoints: list[str], kind: Kind, name: str) -> None:
+    """Do to a list of open savepoints what SQLite does to its own.
+
+    Raises:
+        OperationalError: there is none of this name.
+    """
+    if kind is Kind.SAVEPOINT:
+        savepoints.append(name)
+        return
+    for position in reversed(range(len(savepoints))):
+        if savepoints[position] == name:
+            del savepoints[position + (kind is Kind.ROLLBACK_TO) :]
+            return
+    raise OperationalError(f"no such savepoint: {name}")
 
 
 def _transaction_control(kind: Kind, words: list[str]) -> tuple[Kind, str]:

@@ -39,6 +39,7 @@ from aion_timers.libsql.sql import (
     Statement,
     Table,
     milliseconds,
+    move_savepoint,
     quoted,
 )
 from aion_timers.libsql.waiting import Line, LockWait
@@ -192,7 +193,7 @@ class Transaction:
                 state is _IDLE and self._level is not Level.AUTOCOMMIT
             ):
                 # held back: the first statement decides how the transaction begins
-                self._move_savepoint(kind, statement.name)
+                move_savepoint(self._savepoints, kind, statement.name)
                 return True
             case Kind.CONFIGURE if state is not _IDLE and statement.name == FOREIGN_KEYS:
                 raise ProgrammingError(
@@ -219,7 +220,7 @@ class Transaction:
         if kind is _READ or kind is Kind.INSPECT:
             self._reads.remember(sql, parameters, rows)
         elif kind in (Kind.SAVEPOINT, Kind.RELEASE, Kind.ROLLBACK_TO):
-            self._move_savepoint(kind, statement.name)
+            move_savepoint(self._savepoints, kind, statement.name)
         else:
             self.state = _WRITING
             self._reads.forget()
@@ -229,8 +230,7 @@ class Transaction:
         if not self.raw.in_transaction:
             self._end()
         elif self.state is _IDLE:
-            deferred = statement.kind is Kind.BEGIN and statement.name in ("", "transaction", "deferred")
-            self.state = _READING if deferred and self._restartable else _WRITING
+            self.state = _READING if statement.begins_deferred and self._restartable else _WRITING
             self._restore_savepoints()
 
     def _recover(self, kind: Kind, sql: str, parameters: Parameters, error: BaseException) -> Outcome:
@@ -446,17 +446,6 @@ class Transaction:
         raise stale(reason)
 
     # -- savepoints --------------------------------------------------------------------------------
-
-    def _move_savepoint(self, kind: Kind, name: str) -> None:
-        """Do to the list of open savepoints what SQLite does to its own."""
-        if kind is Kind.SAVEPOINT:
-            self._savepoints.append(name)
-            return
-        for position in reversed(range(len(self._savepoints))):
-            if self._savepoints[position] == name:
-                del self._savepoints[position + (kind is Kind.ROLLBACK_TO) :]
-                return
-        raise OperationalError(f"no such savepoint: {name}")
 
     def _restore_savepoints(self) -> None:
         for name in self._savepoints:

@@ -35,6 +35,7 @@ from aion_timers.libsql.sql import (
     Kind,
     Statement,
     milliseconds,
+    move_savepoint,
     parse,
     quoted,
 )
@@ -191,7 +192,7 @@ class Transaction:
                 return True
             case Kind.SAVEPOINT | Kind.RELEASE | Kind.ROLLBACK_TO if held_back:
                 # the first statement decides how the transaction begins
-                self._move_savepoint(kind, statement.name)
+                move_savepoint(self._savepoints, kind, statement.name)
                 return True
             case Kind.CONFIGURE if statement.name == FOREIGN_KEYS and not idle:
                 raise ProgrammingError(
@@ -230,7 +231,7 @@ class Transaction:
         if self.state is not State.IDLE:
             return self._go_on(kind, encoded)
         if kind in (Kind.BEGIN, Kind.SAVEPOINT):
-            self._begin(statement.sql, [], reading=statement.name in _DEFERRED and kind is Kind.BEGIN)
+            self._begin(statement.sql, [], reading=statement.begins_deferred)
             self._by_savepoint = kind is Kind.SAVEPOINT
             return [_NOTHING]
         if self._level is Level.AUTOCOMMIT or kind not in (Kind.READ, Kind.WRITE):
@@ -402,21 +403,10 @@ class Transaction:
         """After a statement that has moved the server's list of savepoints."""
         if self.state is State.IDLE:
             return
-        self._move_savepoint(statement.kind, statement.name)
+        move_savepoint(self._savepoints, statement.kind, statement.name)
         if self._by_savepoint and not self._savepoints:
             self._leave_stream()
             self._end()
-
-    def _move_savepoint(self, kind: Kind, name: str) -> None:
-        """Do to the list of open savepoints what SQLite does to its own."""
-        if kind is Kind.SAVEPOINT:
-            self._savepoints.append(name)
-            return
-        for position in reversed(range(len(self._savepoints))):
-            if self._savepoints[position] == name:
-                del self._savepoints[position + (kind is Kind.ROLLBACK_TO) :]
-                return
-        raise OperationalError(f"no such savepoint: {name}")
 
     # -- requests ----------------------------------------------------------------------------------
 
@@ -487,7 +477,6 @@ class Transaction:
 
 
 _IMMEDIATE: Final = "BEGIN IMMEDIATE"
-_DEFERRED: Final = ("", "transaction", "deferred")
 
 
 def _savepoint(name: str) -> str:
