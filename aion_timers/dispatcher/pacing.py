@@ -132,8 +132,9 @@ def room(*, concurrency: int, batch: int, busy: int, typical: float | None) -> i
     """How many timers may be claimed now, at most.
 
     No more than can start: what is free, and what comes free within a moment as the handlers have shown so far. Slow
-    handlers leave timers to other processes. For quick ones a whole batch is claimed while they work on another, so
-    that they need few claims and do not wait for them.
+    handlers leave timers to other processes. For quick ones a whole batch is claimed while they work on the last half
+    of another, so that they need few claims and do not wait for them; earlier, the claim, and those of other processes,
+    would only have more rows to pass over.
 
     Args:
         concurrency: how many handlers run at once.
@@ -141,8 +142,9 @@ def room(*, concurrency: int, batch: int, busy: int, typical: float | None) -> i
         busy: how many timers are being handled, or wait here for it.
         typical: seconds that a handler takes, as `typical_run` has it; None if none has run.
     """
-    ahead = 0 if typical is None else int(min(2 * batch, concurrency * _AHEAD / max(typical, _SHORTEST_RUN)))
-    return max(0, min(batch, concurrency + ahead - busy))
+    ahead = 0 if typical is None else int(min(1.5 * batch, concurrency * _AHEAD / max(typical, _SHORTEST_RUN)))
+    enough_wait = 2 * (busy - concurrency) > ahead
+    return 0 if enough_wait else max(0, min(batch, concurrency + ahead - busy))
 
 
 def typical_run(typical: float | None, seconds: float) -> float:

@@ -267,6 +267,8 @@ class Round:
                 continue
             for delivery in books.apply(turn):
                 self._ready.put_nowait(delivery)
+            # it would keep what it has settled in memory until the end of the next one
+            del turn
             # a file has one writer, and others have to have their turn
             await asyncio.sleep(pacing.YIELD if self._is_sqlite else 0)
 

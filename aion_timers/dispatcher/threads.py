@@ -291,6 +291,8 @@ class Round:
                 continue
             for delivery in books.apply(turn):
                 self._ready.put(delivery)
+            # it would keep what it has settled in memory until the end of the next one
+            del turn
             if self._is_sqlite:
                 # a file has one writer, and others have to have their turn
                 self._bell.wait(pacing.YIELD)
