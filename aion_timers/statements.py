@@ -74,7 +74,7 @@ from aion_timers.values import (
 
 if TYPE_CHECKING:
     from sqlalchemy.sql.dml import ReturningDelete, ReturningUpdate
-    from sqlalchemy.sql.selectable import CTE, TableValuedAlias
+    from sqlalchemy.sql.selectable import CTE, FromClause, TableValuedAlias
     from sqlalchemy.types import TypeEngine
 
 IfExists = Literal["replace", "keep", "earliest", "latest"]
@@ -457,8 +457,7 @@ def schedule_many(dialect: Name, if_exists: IfExists, *, clocked: bool = False, 
 
     With ``notify``, PostgreSQL tells its listeners once or not at all, and says in a row how many rows changed.
     """
-    # on the SQLite family all or nothing: a row that cannot be moved stops its whole chunk
-    source = _given_rows().where(not_(_foreign_among().exists())) if dialect == SQLITE else _given_arrays()
+    source = _given_rows() if dialect == SQLITE else _given_arrays()
     insert = _insert(dialect).from_select(["workflow_id", "timer_id", "fire_at"], source, include_defaults=False)
     upsert = _upsert(dialect, if_exists, insert, clocked=clocked)
     if notify and dialect == POSTGRESQL:
@@ -511,8 +510,12 @@ def _rows_given() -> list[ColumnElement[Any]]:
 
 
 def _given_rows() -> Select[*tuple[Any, ...]]:
-    # WHERE tells the parser that the ON after it is the upsert's, not a join's
-    return select(*_rows_given()).where(true())
+    # all or nothing: a row that cannot be moved stops its whole chunk
+    given = select(*_rows_given()).cte("given").prefix_with("MATERIALIZED")
+    rows = select(*given.c).where(not_(_foreign_among(given).exists())).add_cte(given, nest_here=True).subquery()
+    # within a subquery, since the stdlib's driver begins no transaction for a statement that begins with WITH;
+    # and WHERE tells the parser that the ON after it is the upsert's, not a join's
+    return select(*rows.c).where(true())
 
 
 def _lines(
@@ -541,8 +544,7 @@ def _given_arrays() -> Select[*tuple[Any, ...]]:
     return select(given.workflow, given.timer, given.instant)
 
 
-def _foreign_among() -> Select[*tuple[Any, ...]]:
-    given = _given_rows().subquery()
+def _foreign_among(given: FromClause) -> Select[*tuple[Any, ...]]:
     same = tuple_(*_KEY).in_(select(given.columns[0], given.columns[1]))
     return select(*_fetched(SQLITE)).where(same, func.coalesce(not_(_canonical_instant()), true()))
 
@@ -550,7 +552,7 @@ def _foreign_among() -> Select[*tuple[Any, ...]]:
 @cache
 def foreign_among() -> Select[*tuple[Any, ...]]:
     """Which rows of the SQLite family stand under keys of `entries`, and cannot be moved: their instant is foreign."""
-    return _foreign_among()
+    return _foreign_among(select(*_rows_given()).subquery())
 
 
 @cache
