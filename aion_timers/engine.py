@@ -44,6 +44,11 @@ _dependable: WeakSet[Engine] = WeakSet()
 _prepared: WeakSet[Engine] = WeakSet()
 
 
+def is_dependable(connection: Connection | None) -> bool:
+    """Whether the connection is of an engine that has passed `require_dependable`."""
+    return connection is not None and connection.engine in _dependable
+
+
 def require_dependable(connection: Connection) -> None:
     """Refuse a connection of an engine that would lose timers; an engine that passed is not asked again.
 
@@ -51,7 +56,7 @@ def require_dependable(connection: Connection) -> None:
         UnsupportedBindError: the database or its driver is not supported.
         UnsafeEngineError: the driver is, but not as this engine has set it up.
     """
-    if connection.engine in _dependable:
+    if is_dependable(connection):
         return
     dialect = connection.dialect
     drivers = _DRIVERS.get(dialect.name)

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, CursorResult, Executable, TwoPhaseTransaction
 from sqlalchemy.orm import Session, scoped_session
 
 from aion_timers import statements
-from aion_timers.engine import connecting, explained, require_dependable
+from aion_timers.engine import connecting, explained, is_dependable, require_dependable
 from aion_timers.errors import ForeignRowError, InvalidInputError, LeaseLost, UnsupportedBindError, shown
 from aion_timers.schema import SQLITE, Timer
 from aion_timers.statements import IfExists, Name, Parameters, Row, Settle
@@ -748,7 +748,8 @@ class AsyncTimerRepository(_Clocked):
             connection: AsyncConnection = (
                 await bind.connection(bind_arguments=_bind_for(operation)) if hasattr(bind, "identity_map") else bind
             )
-            await connection.run_sync(require_dependable)
+            if not is_dependable(connection.sync_connection):
+                await connection.run_sync(require_dependable)
         operation = _allowed(operation, _sync(connection), notify=self._notify)
         steps = operation(statements.dialect_name(connection.dialect), self._forget, *args, **kwargs)
         try:
