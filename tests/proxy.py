@@ -70,14 +70,18 @@ class Proxy:
 
         self.meddle = meddle
 
+    def cut(self) -> None:
+        """Break off the connections that there are."""
+        for one in list(self._sockets):
+            _cut(one)
+
     def stop(self) -> None:
         """Refuse connections from now on, and break off those that there are."""
         # a thread that waits in accept() is not woken by close()
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        for one in list(self._sockets):
-            _cut(one)
+        self.cut()
         for thread in self._threads:
             thread.join(_LIMIT)
 

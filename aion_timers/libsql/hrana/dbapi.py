@@ -35,7 +35,7 @@ from aion_timers.libsql.dbapi import (
     threadsafety,
 )
 from aion_timers.libsql.hrana.address import Server
-from aion_timers.libsql.hrana.http import Exchange, Settings, SyncExchange
+from aion_timers.libsql.hrana.http import Exchange, Settings, SyncExchange, proxy_for
 from aion_timers.libsql.hrana.stream import Stream
 from aion_timers.libsql.hrana.transaction import Transaction
 from aion_timers.libsql.sql import Statement, parse
@@ -118,13 +118,14 @@ def open_connection(
         OperationalError: it refuses, or isn't a libSQL server.
         ProgrammingError: an argument is wrong.
     """
+    server = Server(address.rstrip("/") if isinstance(address, str) else address, auth_token)
     settings = Settings(
         checked_limit("connect_timeout", connect_timeout),
         checked_limit("read_timeout", read_timeout),
         checked_limit("request_timeout", request_timeout),
         ssl_context,
+        proxy_for(server.base),
     )
-    server = Server(address.rstrip("/") if isinstance(address, str) else address, auth_token)
     level, seconds = file_dbapi.checked_level(isolation_level), file_dbapi.checked_timeout(timeout)
     connection = kind(Transaction(Stream(server, exchange(settings, server.headers)), level, seconds))
     try:

@@ -1,4 +1,7 @@
-"""How a request gets to the server and its answer back: once with httpx's sync client, once with its async one.
+"""How a request gets to the server and its answer back: once with httpx's sync transport, once with its async one.
+
+The transports alone, without the clients around them, whose redirects, cookies and logins the protocol has no use for:
+they take a tenth of a round trip to a server on the same machine.
 
 HTTP connections are kept alive and shared by all connections of a process, or of an event loop, that have the same
 settings. They are closed with the last of these. A child process that was forked opens its own.
@@ -10,15 +13,19 @@ import asyncio
 import os
 import threading
 import time
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import aclosing, closing
+from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from http.cookiejar import CookieJar
 from typing import TYPE_CHECKING, Any, Final, Protocol
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 from weakref import WeakKeyDictionary
 
 try:
+    import httpcore
     import httpx
+
+    from aion_timers.libsql.hrana.network import AsyncioBackend
 except ImportError as error:
     raise ModuleNotFoundError(
         "libSQL servers need httpx: pip install 'aion-timers[server]'; for async engines aion-timers[server,asyncio]"
@@ -50,30 +57,24 @@ class Settings:
         read_timeout: seconds in which nothing comes from the server or goes to it.
         request_timeout: seconds from the beginning of a request to the end of its answer.
         ssl_context: how the server's certificate is checked; None for the usual way.
+        proxy: the address of an HTTP proxy on the way; None for none.
     """
 
     connect_timeout: float
     read_timeout: float
     request_timeout: float
     ssl_context: ssl.SSLContext | None = None
+    proxy: str | None = field(default=None, repr=False)  # it may have a password
 
     def timeout(self) -> httpx.Timeout:
         """The limits that httpx keeps."""
         return httpx.Timeout(self.read_timeout, connect=self.connect_timeout)
 
     def options(self) -> dict[str, Any]:
-        """The arguments of httpx's clients."""
+        """The arguments of httpx's transports."""
         # SQLAlchemy's pool is the limit, and who waits there is told so
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=100, keepalive_expiry=_IDLE)
-        context = self.ssl_context or _usual_context()
-        return {"timeout": self.timeout(), "limits": limits, "verify": context, "cookies": _NoCookies()}
-
-
-class _NoCookies(CookieJar):
-    """Looks for no cookies: the protocol has none, and to look parses the headers of each answer once more."""
-
-    def extract_cookies(self, response: object, request: object) -> None:
-        """Do nothing."""
+        return {"limits": limits, "verify": self.ssl_context or _usual_context(), "proxy": self.proxy}
 
 
 _IDLE: Final = 30.0  # seconds: what lies between may have forgotten a connection that was silent for longer
@@ -83,6 +84,16 @@ _IDLE: Final = 30.0  # seconds: what lies between may have forgotten a connectio
 def _usual_context() -> ssl.SSLContext:
     # it reads all certificates that there are, which takes a while
     return httpx.create_ssl_context()
+
+
+def proxy_for(address: str) -> str | None:
+    """The proxy that the environment wants for an address: ``HTTPS_PROXY`` and so on, but for ``NO_PROXY``."""
+    parts = urlsplit(address)
+    if proxy_bypass(parts.hostname or ""):
+        return None
+    proxies = getproxies()
+    found = proxies.get(parts.scheme) or proxies.get("all")
+    return found if found is None or "://" in found else f"http://{found}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +142,7 @@ def _why(error: Exception, settings: Settings) -> UnsentError | UnansweredError:
 
 
 class _Requests:
-    """Makes requests: the parts that are always the same are made once, which a client alone would not do."""
+    """Makes requests: the parts that are always the same are made once."""
 
     def __init__(self, settings: Settings, headers: dict[str, str]) -> None:
         self._headers = httpx.Headers(headers)
@@ -148,43 +159,43 @@ def _reply(response: httpx.Response, body: bytes) -> Reply:
     return Reply(response.status_code, response.headers.get("location", ""), body)
 
 
-# -- shared clients ----------------------------------------------------------------------------------------------------
+# -- shared transports -------------------------------------------------------------------------------------------------
 
 
 class _Shared:
-    """A client and how many use it."""
+    """A transport and how many use it."""
 
-    def __init__(self, client: Any) -> None:  # noqa: ANN401 - either of httpx's
-        self.client = client
+    def __init__(self, transport: Any) -> None:  # noqa: ANN401 - either of httpx's
+        self.transport = transport
         self.users = 0
 
 
 _mutex = threading.Lock()
 _sync: dict[Settings, _Shared] = {}
-# an async client belongs to the event loop that it was made in
+# an async transport belongs to the event loop that it was made in
 _async: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Settings, _Shared]] = WeakKeyDictionary()
 
 
-def _take(clients: MutableMapping[Settings, _Shared], settings: Settings, make: Any) -> _Shared:  # noqa: ANN401 - a class
+def _take(transports: MutableMapping[Settings, _Shared], settings: Settings, make: Any) -> _Shared:  # noqa: ANN401 - a class
     with _mutex:
-        shared = clients.get(settings)
+        shared = transports.get(settings)
         if shared is None:
-            shared = clients[settings] = _Shared(make(**settings.options()))
+            shared = transports[settings] = _Shared(make(**settings.options()))
         shared.users += 1
         return shared
 
 
-def _give_back(clients: MutableMapping[Settings, _Shared], settings: Settings, shared: _Shared) -> bool:
-    """Whether nobody uses the client any more."""
+def _give_back(transports: MutableMapping[Settings, _Shared], settings: Settings, shared: _Shared) -> bool:
+    """Whether nobody uses the transport any more."""
     with _mutex:
         shared.users -= 1
-        if shared.users == 0 and clients.get(settings) is shared:
-            del clients[settings]
+        if shared.users == 0 and transports.get(settings) is shared:
+            del transports[settings]
     return shared.users == 0
 
 
 def _after_fork() -> None:
-    """In a child: the clients, and perhaps the mutex, are the parent's."""
+    """In a child: the transports, and perhaps the mutex, are the parent's."""
     global _mutex  # noqa: PLW0603 - a thread of the parent may have held it
     _mutex = threading.Lock()
     # not closed: that would end TLS on connections that the parent goes on using
@@ -206,20 +217,20 @@ class SyncExchange:
         self._settings = settings
         self._requests = _Requests(settings, headers)
         self._process = os.getpid()
-        self._shared: _Shared | None = _take(_sync, settings, httpx.Client)
+        self._shared: _Shared | None = _take(_sync, settings, httpx.HTTPTransport)
 
-    def _client(self) -> httpx.Client:
+    def _transport(self) -> httpx.HTTPTransport:
         if self._shared is None or self._process != os.getpid():
             self._process = os.getpid()
-            self._shared = _take(_sync, self._settings, httpx.Client)
-        client: httpx.Client = self._shared.client
-        return client
+            self._shared = _take(_sync, self._settings, httpx.HTTPTransport)
+        transport: httpx.HTTPTransport = self._shared.transport
+        return transport
 
     def post(self, url: str, body: bytes) -> Reply:
         """Send a request; the total timeout is looked at whenever something comes."""
         deadline = time.monotonic() + self._settings.request_timeout
         try:
-            with closing(self._client().send(self._requests.post(url, body), stream=True)) as response:
+            with closing(self._transport().handle_request(self._requests.post(url, body))) as response:
                 return _reply(response, b"".join(_until(deadline, response.iter_bytes())))
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
             raise _why(error, self._settings) from error
@@ -232,7 +243,7 @@ class SyncExchange:
         """Let go of the HTTP connections, and close them if nobody else uses them."""
         shared, self._shared = self._shared, None
         if shared is not None and self._process == os.getpid() and _give_back(_sync, self._settings, shared):
-            shared.client.close()
+            shared.transport.close()
 
     def drop(self) -> None:
         """The same."""
@@ -249,6 +260,15 @@ def _until(deadline: float, chunks: Iterator[bytes]) -> Iterator[bytes]:
 # -- async -------------------------------------------------------------------------------------------------------------
 
 
+def _async_transport(**options: Any) -> httpx.AsyncHTTPTransport:  # noqa: ANN401 - httpx's
+    transport = httpx.AsyncHTTPTransport(**options)
+    pool: object = getattr(transport, "_pool", None)
+    if isinstance(pool, httpcore.AsyncConnectionPool):
+        # httpx hands on all that the pool can be told but this; if it calls these another day, its own way serves, too
+        pool._network_backend = AsyncioBackend()  # noqa: SLF001
+    return transport
+
+
 class AsyncExchange:
     """Lets the event loop go on. Its methods are called in SQLAlchemy's greenlet."""
 
@@ -262,14 +282,14 @@ class AsyncExchange:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._shared: _Shared | None = None
 
-    def _client(self) -> httpx.AsyncClient:
+    def _transport(self) -> httpx.AsyncHTTPTransport:
         loop = asyncio.get_running_loop()
         if self._shared is None or self._loop is not loop:
             # one of another loop can't be closed in this one
             self._loop = loop
-            self._shared = _take(_async.setdefault(loop, {}), self._settings, httpx.AsyncClient)
-        client: httpx.AsyncClient = self._shared.client
-        return client
+            self._shared = _take(_async.setdefault(loop, {}), self._settings, _async_transport)
+        transport: httpx.AsyncHTTPTransport = self._shared.transport
+        return transport
 
     def post(self, url: str, body: bytes) -> Reply:
         """Send a request."""
@@ -279,8 +299,9 @@ class AsyncExchange:
     async def _post(self, url: str, body: bytes) -> Reply:
         try:
             async with asyncio.timeout(self._settings.request_timeout):
-                response = await self._client().send(self._requests.post(url, body))
-                return _reply(response, response.content)
+                response = await self._transport().handle_async_request(self._requests.post(url, body))
+                async with aclosing(response):
+                    return _reply(response, await response.aread())
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
             raise _why(error, self._settings) from error
 
@@ -291,7 +312,7 @@ class AsyncExchange:
     def close(self) -> None:
         """Let go of the HTTP connections, and close them if nobody else uses them."""
         if shared := self._leave():
-            self._await(shared.client.aclose())
+            self._await(shared.transport.aclose())
 
     def drop(self) -> None:
         """Let go of them where nothing can be awaited; they are closed when they are collected as garbage."""

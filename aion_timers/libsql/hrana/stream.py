@@ -2,13 +2,18 @@
 
 Each answer has a *baton* that the next request of the stream has to show. So an answer that is lost is the end of its
 stream, and with it of the transaction; the server rolls that back.
+
+To make a stream costs a server more than to run a statement, and to keep one costs it one of the connections that it
+allows, 128 with sqld. So a stream is kept after its transaction only while one follows the other.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
     from aion_timers.libsql.hrana.http import Exchange, Reply
 
 _SHOWN: Final = 300  # characters of an answer that a message shows
+_SERIES: Final = 0.1  # seconds: one transaction that begins so soon after another is thought to be followed by a third
+_KEPT: Final = 5.0  # seconds: sqld ends a stream that was silent for 10
 
 
 class LostError(DisconnectError):
@@ -30,6 +37,10 @@ class LostError(DisconnectError):
 
     broken = False
     """Whether that is because the connection ended."""
+
+
+class GoneError(DisconnectError):
+    """The server has the stream no more, so it has not looked at the request."""
 
 
 class Stream:
@@ -47,15 +58,30 @@ class Stream:
         self._baton: str | None = None
         self._base = server.base
         self._process = os.getpid()
+        # whether the stream, if there is one, is between two transactions; and when the last one was over
+        self._is_kept = False
+        self._over_at = -math.inf
+        self._in_series = False
 
     @property
     def is_open(self) -> bool:
-        """Whether the server keeps it for the next request."""
-        return self._baton is not None
+        """Whether the server holds it for a transaction that is not over."""
+        return self._baton is not None and not self._is_kept
 
     def forget(self) -> None:
         """Go on with a new one; the server ends the old one some seconds later."""
-        self._baton, self._base = None, self.server.base
+        self._baton, self._base, self._is_kept = None, self.server.base, False
+
+    def leave(self) -> None:
+        """Close it, and with it the transaction that it holds, if there is one."""
+        if not self.is_open:
+            return
+        try:
+            self._answer(protocol.pipeline(self._baton, [protocol.CLOSE]))
+        except OperationalError:  # so it has ended
+            pass
+        finally:
+            self.forget()
 
     def send(
         self, requests: Sequence[protocol.Request], *, close: bool = False, repeatable: bool = False
@@ -64,7 +90,7 @@ class Stream:
 
         Args:
             requests: what to do, in this order.
-            close: close the stream afterwards.
+            close: no transaction is open afterwards, so the stream can be closed.
             repeatable: nothing is lost if a new stream does all of this twice.
 
         Raises:
@@ -74,18 +100,48 @@ class Stream:
         """
         if self._process != os.getpid():
             self._leave_to_parent()
-        fresh = not self.is_open
+        begins = not self.is_open
+        if begins:
+            self._begin()
+        closes = close and not self._in_series
+        sent = [*requests, protocol.CLOSE] if closes else requests
         try:
-            answer = self._answer(protocol.pipeline(self._baton, [*requests, protocol.CLOSE] if close else requests))
-        except LostError as error:
+            answer = self._answer(protocol.pipeline(self._baton, sent))
+        except (GoneError, LostError) as error:
             self.forget()
-            if not (error.broken and fresh and repeatable):
+            undone = isinstance(error, GoneError) or (error.broken and repeatable)
+            if not (begins and undone):
                 raise
-            answer = self._answer(protocol.pipeline(None, [*requests, protocol.CLOSE] if close else requests))
+            answer = self._answer(protocol.pipeline(None, sent))
         except BaseException:
             self.forget()
             raise
-        return self._results(answer, len(requests), close=close)
+        if close:
+            self._over_at = time.monotonic()
+        self._take_baton(None if closes else answer.baton, answer.base_url)
+        self._is_kept = close
+        if not close and self._baton is None:
+            raise DisconnectError(f"{self.server.name} has closed the stream")
+        return answer.results[: len(requests)]
+
+    def _begin(self) -> None:
+        """Before the first request of a transaction: look whether the stream before can go on."""
+        silence = time.monotonic() - self._over_at
+        self._in_series = silence < _SERIES
+        if silence > _KEPT:
+            self.forget()
+
+    def _take_baton(self, baton: str | None, base_url: str | None) -> None:
+        """Make the next request one of the same stream, if it goes on."""
+        if baton is None:
+            self.forget()
+            return
+        self._baton = baton
+        try:
+            self._base = self.server.continued(base_url)
+        except ProgrammingError as error:
+            self.forget()
+            raise OperationalError(str(error)) from None
 
     def _leave_to_parent(self) -> None:
         """In a forked child: the stream is the parent's."""
@@ -123,20 +179,6 @@ class Stream:
     def _message(self, error: Exception) -> str:
         return self.server.scrub(f"{self.server.name} {error}")
 
-    def _results(self, answer: protocol.Answer, count: int, *, close: bool) -> list[protocol.Result]:
-        if close:
-            self.forget()
-        else:
-            self._baton = answer.baton
-            try:
-                self._base = self.server.continued(answer.base_url)
-            except ProgrammingError as error:
-                self.forget()
-                raise OperationalError(str(error)) from None
-            if answer.baton is None:
-                raise DisconnectError(f"{self.server.name} has closed the stream")
-        return answer.results[:count]
-
     # -- answers that are none -------------------------------------------------------------------------
 
     def _refusal(self, reply: Reply) -> Error:
@@ -146,7 +188,9 @@ class Stream:
         if code is not None:
             made = protocol.failure({"message": told, "code": code})
             if isinstance(made, DisconnectError):
-                return made
+                gone = GoneError(str(made))
+                gone.code = code
+                return gone
         if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
             cure = "another auth_token" if self.server.auth_token else "connect_args={'auth_token': ...}"
             made = OperationalError(f"{name} refuses access ({status}: {told}); give {cure}")
@@ -157,8 +201,8 @@ class Stream:
             )
         elif status == HTTPStatus.NOT_FOUND:
             made = OperationalError(f"{name} is no libSQL server, or has no such database ({status}: {told})")
-        elif status == HTTPStatus.BAD_REQUEST and self.is_open:
-            made = DisconnectError(f"{name} has lost the stream ({status}: {told})")
+        elif status == HTTPStatus.BAD_REQUEST and self._baton is not None:
+            made = GoneError(f"{name} has lost the stream ({status}: {told})")
         elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             made = LostError(f"{name} failed ({status}: {told})")
         else:

@@ -270,7 +270,7 @@ class Transaction:
             ran = self._run(head, encoded, repeatable=True)
             if ran.error is None or (ran.begun and not isinstance(ran.error, BusyError)):
                 break
-            self._leave_stream()
+            self.stream.leave()
             if not isinstance(ran.error, BusyError):
                 raise ran.error
             wait.pause(ran.error)
@@ -339,7 +339,7 @@ class Transaction:
     def _lose(self, reason: str) -> NoReturn:
         """End the transaction: it can't become one that is serializable."""
         self.state = State.LOST
-        self._leave_stream()
+        self.stream.leave()
         raise stale(reason)
 
     def commit(self) -> None:
@@ -405,7 +405,7 @@ class Transaction:
             return
         move_savepoint(self._savepoints, statement.kind, statement.name)
         if self._by_savepoint and not self._savepoints:
-            self._leave_stream()
+            self.stream.leave()
             self._end()
 
     # -- requests ----------------------------------------------------------------------------------
@@ -420,15 +420,6 @@ class Transaction:
 
     def _wait(self) -> _Wait:
         return _Wait(self.timeout, self.stream.exchange.sleep)
-
-    def _leave_stream(self) -> None:
-        """Close the stream, and with it what it holds."""
-        stream = self.stream
-        if stream.is_open:
-            try:
-                stream.send([], close=True)
-            except OperationalError:  # so it has ended
-                stream.forget()
 
     def _run(
         self,
@@ -445,11 +436,14 @@ class Transaction:
             head: what has to be run before them.
             encoded: the statements.
             before: requests that may fail.
-            close: close the stream afterwards.
+            close: no transaction is open afterwards.
             repeatable: nothing is lost if all of it is done twice.
         """
         steps = protocol.chain([*head, *encoded])
-        if not close and encoded:
+        if close:
+            # a COMMIT that fails must leave nothing to the next transaction of the stream
+            steps.append(protocol.unless_done(len(steps) - 1, "ROLLBACK"))
+        elif encoded:
             # works only if SQLite has ended the transaction because of an error, as INSERT OR ROLLBACK does
             steps.append(protocol.unless_done(len(steps) - 1, "BEGIN", after=len(head) - 1 if head else None))
         try:
@@ -460,6 +454,8 @@ class Transaction:
                 self.state = State.LOST
             raise
         if not isinstance(result, Steps):
+            if close:
+                self.stream.forget()
             error = result or OperationalError(f"{self.source.name} gave no result")
             # else it is not known how many of the steps were done
             untouched = error.code in protocol.REFUSED_UNREAD
@@ -472,6 +468,8 @@ class Transaction:
                 failure = outcome or OperationalError("an earlier statement has failed")
                 break
             done.append(outcome)
+        if close and failure is not None:
+            self.stream.forget()
         over = isinstance(failure, DisconnectError) or isinstance(result.outcomes[-1], ResultSet)
         return _Ran(len(done) >= len(head), done[len(head) :], failure, over=over and failure is not None)
 
