@@ -118,10 +118,7 @@ class Stream:
             raise
         if close:
             self._over_at = time.monotonic()
-        self._take_baton(None if closes else answer.baton, answer.base_url)
-        self._is_kept = close
-        if not close and self._baton is None:
-            raise DisconnectError(f"{self.server.name} has closed the stream")
+        self._take_baton(None if closes else answer.baton, answer.base_url, is_over=close)
         return answer.results[: len(requests)]
 
     def _begin(self) -> None:
@@ -131,17 +128,22 @@ class Stream:
         if silence > _KEPT:
             self.forget()
 
-    def _take_baton(self, baton: str | None, base_url: str | None) -> None:
-        """Make the next request one of the same stream, if it goes on."""
+    def _take_baton(self, baton: str | None, base_url: str | None, *, is_over: bool) -> None:
+        """Make the next request one of the same stream; that it can't be matters only to a transaction that goes on."""
+        problem: Error | None = None
         if baton is None:
-            self.forget()
+            problem = DisconnectError(f"{self.server.name} has closed the stream")
+        else:
+            try:
+                self._base = self.server.continued(base_url)
+            except ProgrammingError as error:
+                problem = OperationalError(str(error))
+        if problem is None:
+            self._baton, self._is_kept = baton, is_over
             return
-        self._baton = baton
-        try:
-            self._base = self.server.continued(base_url)
-        except ProgrammingError as error:
-            self.forget()
-            raise OperationalError(str(error)) from None
+        self.forget()
+        if not is_over:
+            raise problem
 
     def _leave_to_parent(self) -> None:
         """In a forked child: the stream is the parent's."""

@@ -1,5 +1,7 @@
 """How long a stream lives: one that serves several transactions must not show in any of them."""
 
+import json
+import ssl
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +12,11 @@ import sqlalchemy as sa
 from aion_timers import libsql
 from aion_timers.libsql.hrana import network
 from tests.libsql.conftest import AsyncWorld, World
-from tests.proxy import Mood, Proxy
+from tests.proxy import Answer, Front, Mood, Proxy
 from tests.sqld import Sqld
 
 from .conftest import ServerDatabase
-from .test_faults import MakeWorld, increment, value
+from .test_faults import CERTIFICATE, MakeWorld, forwarding, increment, value
 
 PAUSE = 0.3  # seconds: longer than what lies between two transactions that follow each other
 
@@ -148,9 +150,29 @@ def test_a_stream_between_two_transactions_that_is_cut_off(watched: Watched, pro
     watched.world.connection(increment)
     watched.world.connection(increment)
     # the beginning of a transaction can be sent again, in a new stream
-    proxy.once(Mood.CUT_AFTER, b"BEGIN")
+    proxy.once(Mood.CUT_BEFORE, b"BEGIN")
     watched.world.connection(increment)
     assert value(database) == 3
+
+
+def test_a_commit_has_been_one_wherever_the_stream_shall_go_on(
+    make_world: MakeWorld, database: ServerDatabase, sqld: Sqld
+) -> None:
+    forward = forwarding(sqld)
+
+    def answer(path: str, headers: dict[str, str], body: bytes) -> Answer:
+        status, told, content = forward(path, headers, body)
+        if b"COMMIT" in body:
+            content = json.dumps(json.loads(content) | {"base_url": "http://elsewhere"}).encode()
+        return status, told, content
+
+    with Front.answering(answer, certificate=CERTIFICATE) as front:
+        context = ssl.create_default_context(cafile=CERTIFICATE)
+        address = f"localhost:{front.port}/{database.url.database}?secure=true"
+        world = make_world(address, connect_args={"ssl_context": context}, pool_size=1, max_overflow=0)
+        world.connection(increment)
+        world.connection(increment)
+    assert value(database) == 2
 
 
 # -- the way to the server ---------------------------------------------------------------------------------------------
