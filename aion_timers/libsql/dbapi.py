@@ -347,7 +347,8 @@ class Cursor:
 
     def fetchone(self) -> Row | None:
         """The next row, None after the last."""
-        return next(self._results(), None)
+        rows = self._rows
+        return next(self._results() if rows is None else rows, None)
 
     def fetchmany(self, size: int | None = None) -> Rows:
         """The next rows, ``arraysize`` of them if no size is given."""

@@ -71,6 +71,8 @@ class State(Enum):
 
 _IDLE, _READING, _WRITING, _LOST = State
 _READ, _WRITE = Kind.READ, Kind.WRITE
+_BRACKETS = (Kind.BEGIN, Kind.SAVEPOINT, Kind.RELEASE)
+_AUTOCOMMIT = Level.AUTOCOMMIT
 
 
 class Transaction:
@@ -141,7 +143,9 @@ class Transaction:
         """
         kind = statement.kind
         if kind is _READ or kind is _WRITE:
-            if self.state is not _WRITING or statement.drops is not None:
+            # where nothing is to be prepared a read may take no longer than it must
+            ready = _IDLE if self._level is _AUTOCOMMIT else _WRITING
+            if self.state is not ready or statement.drops is not None:
                 self._prepare(kind, statement.drops)
             if kind is _WRITE and self.state is _IDLE:
                 return self._run_alone(sql, parameters)
@@ -157,7 +161,7 @@ class Transaction:
             self._end_at_primary()
         if self.state is _READING:
             self._note(statement, sql, parameters, outcome[2])
-        elif kind is Kind.BEGIN or kind is Kind.SAVEPOINT or kind is Kind.RELEASE:
+        elif kind is not _READ and kind is not _WRITE and kind in _BRACKETS:
             self._follow(statement)
         return outcome
 
@@ -189,9 +193,7 @@ class Transaction:
                 return True
             case _ if state is _LOST:
                 self._refuse()
-            case Kind.SAVEPOINT | Kind.RELEASE | Kind.ROLLBACK_TO if (
-                state is _IDLE and self._level is not Level.AUTOCOMMIT
-            ):
+            case Kind.SAVEPOINT | Kind.RELEASE | Kind.ROLLBACK_TO if state is _IDLE and self._level is not _AUTOCOMMIT:
                 # held back: the first statement decides how the transaction begins
                 move_savepoint(self._savepoints, kind, statement.name)
                 return True
@@ -283,7 +285,7 @@ class Transaction:
 
     def _begin(self, kind: Kind) -> None:
         """Begin for a first statement of this kind."""
-        if self._level is Level.AUTOCOMMIT:
+        if self._level is _AUTOCOMMIT:
             return
         raw = self.raw
         if kind is _READ and self._level is Level.SERIALIZABLE and self._restartable:
