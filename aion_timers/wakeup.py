@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
-_POLL: Final = 0.04  # seconds: half of it late in the mean, for less than a percent of a core
+_POLL: Final = 0.06  # seconds: half of it late in the mean, for less than a percent of a slow core
 _PING_AFTER: Final = 30.0  # seconds of silence, after which a server or a firewall may have forgotten the connection
 _PING_WITHIN: Final = 10.0
 _FIRST_DELAY: Final = 0.1
