@@ -102,15 +102,28 @@ def _watched(connection: Connection) -> bool:
         cursor.close()
 
 
+def _look(raw: Any) -> Callable[[], int]:  # noqa: ANN401 - the driver's
+    """A question for a number that is another one once somebody else has committed to the file."""
+    # to the driver: it is asked day and night, and everything above costs several times as much
+    if hasattr(raw, "data_version"):
+        look: Callable[[], int] = raw.data_version
+        return look
+    cursor = raw.cursor()
+
+    def look_with_cursor() -> int:
+        cursor.execute("PRAGMA data_version")
+        version: int = cursor.fetchall()[0][0]
+        return version
+
+    return look_with_cursor
+
+
 def _poll(raw: Any, closed: threading.Event, ring: Callable[[], None]) -> None:  # noqa: ANN401 - the driver's
     """Ring when somebody has committed, until it is closed; run in the thread that the connection belongs to."""
-    cursor = raw.cursor()
-    seen = None
+    look, seen = _look(raw), None
     while not closed.is_set():
         try:
-            # on the driver: this goes on day and night, and everything above it costs several times as much
-            cursor.execute("PRAGMA data_version")
-            version = cursor.fetchall()[0][0]
+            version = look()
         except Exception as error:
             if "locked" not in str(error):
                 raise
@@ -119,7 +132,6 @@ def _poll(raw: Any, closed: threading.Event, ring: Callable[[], None]) -> None: 
                 seen = version
                 ring()
         closed.wait(_POLL)
-    cursor.close()
 
 
 def _cut(number: int) -> None:
@@ -245,7 +257,7 @@ class Wakeup:
                     self._hear_notifications(connection.connection.driver_connection)
                 elif _watched(connection):
                     begun()
-                    _poll(connection.connection, self._closed, self._bell.set)
+                    _poll(connection.connection.dbapi_connection, self._closed, self._bell.set)
             finally:
                 # closed rather than given back to a pool, which would ask a dead one to roll back
                 connection.invalidate()

@@ -423,13 +423,18 @@ def work_idle(url: str, seconds: str) -> object:
     if engine.dialect.name == "sqlite":
         from aion_timers.libsql import dbapi  # noqa: PLC0415 - not where there is no such driver
 
-        execute = dbapi.Cursor.execute
+        execute, data_version = dbapi.Cursor.execute, dbapi.Connection.data_version
 
         def counted(cursor: dbapi.Cursor, sql: str, parameters: Sequence[Any] = ()) -> dbapi.Cursor:
-            counts["looks" if "data_version" in sql else "statements"] += 1
+            counts["statements"] += 1
             return execute(cursor, sql, parameters)
 
+        def looked(connection: dbapi.Connection) -> int:
+            counts["looks"] += 1
+            return data_version(connection)
+
         dbapi.Cursor.execute = counted  # type: ignore[method-assign] # the watcher's statements pass by the engine
+        dbapi.Connection.data_version = looked  # type: ignore[method-assign]
     else:
 
         def count(*_: object) -> None:

@@ -260,6 +260,13 @@ class Connection:
         raw = transaction.raw
         transaction.source.call(lambda: raw.execute("SELECT 1").fetchall())
 
+    def data_version(self) -> int:
+        """A number that is another one once somebody else has committed to the file, as ``PRAGMA data_version`` has it.
+
+        It begins no transaction. It is for who asks all the time: of what a cursor does, it does the least.
+        """
+        return self._transaction.data_version()
+
     def sync(self) -> None:
         """Fetch what the primary of an embedded replica has.
 

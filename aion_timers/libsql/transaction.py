@@ -326,6 +326,16 @@ class Transaction:
         finally:
             self._end()
 
+    def data_version(self) -> int:
+        """What ``PRAGMA data_version`` says."""
+        try:
+            rows = self._run("PRAGMA data_version", ())[2]
+        except BaseException as error:  # noqa: BLE001 - the driver's panics are no Exception
+            raise self._failure(error) from None
+        assert rows is not None  # noqa: S101 - for the type checker
+        version: int = rows[0][0]  # type: ignore[assignment] # it is always an integer
+        return version
+
     def sync(self) -> None:
         """Fetch what the primary of a replica has."""
         if not self._is_replica:

@@ -579,8 +579,8 @@ def test_the_event_loop_goes_on_while_a_file_is_asked(url: URL, monkeypatch: pyt
                 turns += 1
         await engine.dispose()
 
-    execute = dbapi.Cursor.execute
-    monkeypatch.setattr(dbapi.Cursor, "execute", lambda *arguments: slow(arguments[1]) or execute(*arguments))
+    look = dbapi.Connection.data_version
+    monkeypatch.setattr(dbapi.Connection, "data_version", lambda connection: slow("data_version") or look(connection))
     with asyncio.Runner() as runner:
         runner.run(ask())
 

@@ -294,3 +294,20 @@ def test_what_names_a_database(database: Any) -> None:
     for wrong in (None, b"app.db", 5):
         with pytest.raises(ProgrammingError, match="a str or a path"):
             dbapi.connect(wrong)  # type: ignore[arg-type]
+
+
+def test_data_version_tells_when_somebody_else_has_committed(database: Any, connection: dbapi.Connection) -> None:
+    before = connection.data_version()
+    connection.execute("UPDATE items SET n = 1 WHERE id = 1")
+    connection.commit()
+    assert connection.data_version() == before
+    other = database.connect()
+    other.execute("UPDATE items SET n = 2 WHERE id = 1")
+    assert connection.data_version() == before
+    other.commit()
+    other.close()
+    assert connection.data_version() != before
+    assert not connection.in_transaction
+    connection.close()
+    with pytest.raises(ClosedError):
+        connection.data_version()

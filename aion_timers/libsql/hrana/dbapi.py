@@ -173,6 +173,10 @@ class Connection(file_dbapi.Connection):
         """See whether the server answers; it begins no transaction."""
         self._transaction.ping()
 
+    def data_version(self) -> int:
+        """Refuse: it is of a file."""
+        raise NotSupportedError("a server has no data_version(): its files are its own")
+
     def sync(self) -> None:
         """Refuse: only a replica can be synchronized."""
         raise NotSupportedError("sync() is for embedded replicas: what a server has is read from it")

@@ -285,3 +285,10 @@ def test_a_stream_that_was_silent_for_long_is_not_tried(watched: Watched, databa
     watched.world.connection(increment)
     assert watched.begun == begun + 1
     assert value(database) == 3
+
+
+def test_a_server_has_no_version_of_its_file(database: ServerDatabase) -> None:
+    connection = database.connect()
+    with pytest.raises(libsql.NotSupportedError, match="its own"):
+        connection.data_version()
+    connection.close()
