@@ -73,11 +73,11 @@ class Stream:
         self._baton, self._base, self._is_kept = None, self.server.base, False
 
     def leave(self) -> None:
-        """Close it, and with it the transaction that it holds, if there is one."""
-        if not self.is_open:
-            return
+        """Close it, if there is one, and with it the transaction that it holds."""
+        is_ours = self._process == os.getpid()
         try:
-            self._answer(protocol.pipeline(self._baton, [protocol.CLOSE]))
+            if self._baton is not None and is_ours:
+                self._answer(protocol.pipeline(self._baton, [protocol.CLOSE]))
         except OperationalError:  # so it has ended
             pass
         finally:

@@ -383,6 +383,8 @@ class Transaction:
         try:
             if not quietly:
                 self.rollback()
+                # a server allows so many at a time, and those of pools that come and go would add up
+                stream.leave()
         finally:
             self._stream = None
             if quietly:

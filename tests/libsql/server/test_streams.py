@@ -81,6 +81,13 @@ def test_the_first_transaction_after_a_series_closes_its_stream(watched: Watched
     assert watched.closed == closed + 1
 
 
+def test_connections_that_come_and_go_leave_no_stream_behind(database: ServerDatabase) -> None:
+    # more than the 128 that the server allows at a time, each of which it would hold for 10 seconds
+    for _ in range(200):
+        database.run("UPDATE items SET n = n + 1 WHERE id = 1")
+    assert value(database) == 200
+
+
 @pytest.mark.parametrize("level", ["SERIALIZABLE", "AUTOCOMMIT"])
 def test_a_series_goes_on_after_the_server_was_started_again(make_world: MakeWorld, level: str) -> None:
     with Sqld.started() as server:
