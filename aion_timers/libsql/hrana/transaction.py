@@ -457,7 +457,7 @@ class Transaction:
             raise
         if not isinstance(result, Steps):
             if close:
-                self.stream.forget()
+                self.stream.leave()
             error = result or OperationalError(f"{self.source.name} gave no result")
             # else it is not known how many of the steps were done
             untouched = error.code in protocol.REFUSED_UNREAD
@@ -471,7 +471,7 @@ class Transaction:
                 break
             done.append(outcome)
         if close and failure is not None:
-            self.stream.forget()
+            self.stream.leave()
         over = isinstance(failure, DisconnectError) or isinstance(result.outcomes[-1], ResultSet)
         return _Ran(len(done) >= len(head), done[len(head) :], failure, over=over and failure is not None)
 

@@ -88,12 +88,21 @@ def test_connections_that_come_and_go_leave_no_stream_behind(database: ServerDat
     assert value(database) == 200
 
 
+def test_statements_that_fail_leave_no_stream_behind(watched: Watched) -> None:
+    def fail(connection: sa.Connection) -> None:
+        for _ in range(200):
+            with pytest.raises(sa.exc.IntegrityError):
+                connection.exec_driver_sql("INSERT INTO items (id, n) VALUES (1, 0)")
+
+    watched.world.connection(fail, isolation_level="AUTOCOMMIT")
+
+
 @pytest.mark.parametrize("level", ["SERIALIZABLE", "AUTOCOMMIT"])
 def test_a_series_goes_on_after_the_server_was_started_again(make_world: MakeWorld, level: str) -> None:
     with Sqld.started() as server:
         database = ServerDatabase(server.create("own"))
         database.run("CREATE TABLE items (id INTEGER PRIMARY KEY, n INTEGER)")
-        database.run("INSERT INTO items VALUES (1, 0)")
+        database.run("INSERT INTO items (id, n) VALUES (1, 0)")
         world = make_world(database.address, pool_size=1, max_overflow=0)
         for number in range(1, 4):
             world.connection(increment, isolation_level=level)
