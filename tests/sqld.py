@@ -30,6 +30,10 @@ class Sqld:
         self._program = _unpacked(folder)
         self.port, self._admin_port = _free_ports(2)
         self._process: subprocess.Popen[bytes] | None = None
+        # one for all: each reads the certificates of the whole world when it is made
+        self._admin = httpx.Client(
+            base_url=f"http://127.0.0.1:{self._admin_port}/v1/namespaces/", timeout=_LIMIT, trust_env=False
+        )
         self.restart()
 
     @classmethod
@@ -50,6 +54,7 @@ class Sqld:
         finally:
             if server is not None:
                 server.kill()
+                server._admin.close()
             shutil.rmtree(folder, ignore_errors=True)
 
     @property
@@ -124,8 +129,7 @@ class Sqld:
         self._ask("DELETE", namespace)
 
     def _ask(self, method: str, path: str) -> None:
-        url = f"http://127.0.0.1:{self._admin_port}/v1/namespaces/{path}"
-        httpx.request(method, url, json={}, timeout=_LIMIT, trust_env=False).raise_for_status()
+        self._admin.request(method, path, json={}).raise_for_status()
 
 
 def _unpacked(folder: Path) -> Path:
