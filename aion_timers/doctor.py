@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 from sqlalchemy import Connection, Engine, Select, text
 
 from aion_timers import inventory, migrate, statements
-from aion_timers.engine import explained, require_dependable
+from aion_timers.engine import explained, name_of_table, require_dependable
 from aion_timers.errors import (
     MigrationError,
     NotMigratedError,
@@ -266,7 +266,7 @@ _SCANS: Final = ("Seq Scan", '"Sort"', "TEMP B-TREE")
 
 def _plan(connection: Connection, _: Limits) -> Finding:
     if connection.dialect.name == POSTGRESQL:
-        rows: Any = connection.execute(text(_TABLE_ROWS), {"name": _table(connection)}).scalar()
+        rows: Any = connection.execute(text(_TABLE_ROWS), {"name": name_of_table(connection)}).scalar()
         if (rows or 0) < _PLAN_ROWS:
             # a small table is rightly read as a whole: can the index be used at all?
             for how in ("seqscan", "bitmapscan", "sort"):
@@ -283,12 +283,6 @@ def _plan(connection: Connection, _: Limits) -> Finding:
 
 
 _TABLE_ROWS: Final = "SELECT reltuples FROM pg_catalog.pg_class WHERE oid = to_regclass(CAST(:name AS text))"
-
-
-def _table(connection: Connection) -> str:
-    schema = migrate.schema_of(connection)
-    quote = connection.dialect.identifier_preparer.quote
-    return f"{quote(schema)}.timers" if schema else "timers"
 
 
 def _explain(connection: Connection, statement: Select[Any]) -> str:
@@ -424,7 +418,7 @@ WHERE NOT active AND greatest(age(xmin), age(catalog_xmin)) > 1000000 ORDER BY 2
 
 
 def _dead(connection: Connection, limits: Limits) -> Finding:
-    row = connection.execute(text(_DEAD), {"name": _table(connection)}).one_or_none()
+    row = connection.execute(text(_DEAD), {"name": name_of_table(connection)}).one_or_none()
     dead, live = (row.dead, row.live) if row is not None else (0, 0)
     found = f"{_many(dead, 'dead row')} beside {live:,} living"
     if dead > limits.dead + live // 5:

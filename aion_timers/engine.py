@@ -112,6 +112,13 @@ def _is_autocommit(connection: Connection) -> bool:
     return next((level for level in levels if level), None) == "AUTOCOMMIT"
 
 
+def name_of_table(source: Connection | Engine) -> str:
+    """The table of timers as a statement of this connection or engine names it: quoted, in the schema it is put in."""
+    schemas: dict[str | None, str | None] = source.get_execution_options().get("schema_translate_map") or {}
+    schema = schemas.get(None)
+    return f"{source.dialect.identifier_preparer.quote_schema(schema)}.timers" if schema else "timers"
+
+
 def prepare_sqlite(engine: Engine | AsyncEngine) -> None:
     """Make a plain ``sqlite://`` or ``sqlite+aiosqlite://`` engine dependable; call it once after ``create_engine``.
 

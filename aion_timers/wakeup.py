@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import Connection, Engine, text
 
-from aion_timers.engine import MIGRATE
+from aion_timers.engine import MIGRATE, name_of_table
 from aion_timers.errors import NotMigratedError
 from aion_timers.statements import CHANNEL
 
@@ -64,13 +64,6 @@ def _can_hear(engine: Engine) -> bool:
     # a database in memory has one connection, and a second one would be another database
     url = engine.url
     return engine.dialect.name == "postgresql" or (bool(url.database) and url.database != ":memory:" and not url.host)
-
-
-def _table(engine: Engine) -> str:
-    """The table as this engine's statements name it."""
-    schemas: dict[str | None, str | None] = engine.get_execution_options().get("schema_translate_map") or {}
-    schema = schemas.get(None)
-    return f"{engine.dialect.identifier_preparer.quote_schema(schema)}.timers" if schema else "timers"
 
 
 def _settled(connection: Connection) -> Connection:
@@ -194,7 +187,10 @@ class Wakeup:
         if _can_hear(engine):
             self._interrupted, self._interrupt = socket.socketpair()
             self._thread = threading.Thread(
-                target=self._listen, args=(_apart(engine), _table(engine)), name="aion-timers-wakeup", daemon=True
+                target=self._listen,
+                args=(_apart(engine), name_of_table(engine)),
+                name="aion-timers-wakeup",
+                daemon=True,
             )
             self._thread.start()
 
@@ -387,7 +383,7 @@ class AsyncWakeup:
                         begun()
                         await self._poll(connection)
                     return
-                channel = await connection.run_sync(_channel, _table(self._engine.sync_engine))
+                channel = await connection.run_sync(_channel, name_of_table(self._engine.sync_engine))
                 driver = (await connection.get_raw_connection()).driver_connection
                 hear = self._hear_asyncpg if engine.dialect.driver == "asyncpg" else self._hear_psycopg
                 await hear(driver, channel, begun)

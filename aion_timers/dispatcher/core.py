@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
-from sqlalchemy import Connection, Engine, delete
+from sqlalchemy import Connection, Engine, delete, text
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.pool import Pool, QueuePool, SingletonThreadPool, StaticPool
 
 from aion_timers.dispatcher import pacing
 from aion_timers.dispatcher.pacing import Backoff
+from aion_timers.engine import name_of_table
 from aion_timers.errors import InvalidInputError, LeaseLost, UnsupportedBindError, shown
 from aion_timers.schema import Timer
 from aion_timers.values import Claim, Settlement, TimerEntry, TimerId
@@ -44,6 +45,8 @@ _CLOCK_IS_FRESH: Final = 1.0
 _BUSY_PAUSE: Final = 0.02
 _PLANS_LAST: Final = 2.0
 _PLANNED: Final = "aion_timers_planned"
+_COUNTED_UNTIL: Final = "aion_timers_counted_until"
+_COUNT_LASTS: Final = 10.0
 _SPARED: Final = 6
 _SHOWN: Final = 5
 # in a row, until a single round lets its caller know
@@ -778,6 +781,13 @@ def _autocommits(engine: Engine) -> bool:
 # -- plans ------------------------------------------------------------------------------------------------------------
 
 
+def prepare(connection: Connection) -> None:
+    """Make a connection ready for a transaction of the dispatcher's own."""
+    if connection.dialect.name == "postgresql":
+        renew_plans(connection)
+        _renew_statistics(connection)
+
+
 def renew_plans(connection: Connection) -> None:
     """Let PostgreSQL plan anew what it has prepared for this connection, if that is more than a moment ago.
 
@@ -790,3 +800,38 @@ def renew_plans(connection: Connection) -> None:
     if now - connection.info.setdefault(_PLANNED, now) >= _PLANS_LAST:
         connection.exec_driver_sql("DISCARD PLANS")
         connection.info[_PLANNED] = now
+
+
+def _renew_statistics(connection: Connection) -> None:
+    """Let PostgreSQL count the timers anew if it takes the table for empty and it is not.
+
+    It does if it counted them just after all had been fired, while the table still had its pages. Then it expects no
+    row however many come, reading a whole index costs nothing by its reckoning, and each claim would compare all
+    timers with all of its own.
+    """
+    now = time.monotonic()
+    if now < connection.info.get(_COUNTED_UNTIL, now):
+        return
+    table = name_of_table(connection)
+    may = "has_table_privilege(oid, 'MAINTAIN')" if _maintains(connection) else "pg_has_role(relowner, 'USAGE')"
+    which = "FROM pg_class WHERE oid = to_regclass(:table)"
+    taken_for_empty = text(f"SELECT reltuples = 0 AND relpages > 0 AND {may} {which}")
+    if not connection.scalar(taken_for_empty, {"table": table}):
+        connection.info[_COUNTED_UNTIL] = now + _PLANS_LAST
+        return
+    if not connection.exec_driver_sql(f"SELECT EXISTS (TABLE {table})").scalar():
+        return
+    # all dispatchers hear of a storm at once: one of them counts, and the others wait for it before they plan
+    lock = text(f"SELECT pg_advisory_xact_lock(hashtextextended('aion_timers ' || oid, 0)) {which}")
+    connection.execute(lock, {"table": table})
+    if connection.scalar(taken_for_empty, {"table": table}):
+        # nobody waits for a VACUUM, or for an index that is built
+        connection.exec_driver_sql(f"ANALYZE (SKIP_LOCKED) {table}")
+    connection.commit()
+    # where some timers lie among very many empty pages, the server may have counted none again
+    connection.info[_COUNTED_UNTIL] = now + _COUNT_LASTS
+
+
+def _maintains(connection: Connection) -> bool:
+    """Whether this server has the privilege MAINTAIN, as from 17 on."""
+    return (connection.dialect.server_version_info or ()) >= (17,)

@@ -23,6 +23,7 @@ from aion_timers.dispatcher.core import (
     engine_of,
     isolated,
     opening,
+    prepare,
     renew_plans,
     require_held,
 )
@@ -401,7 +402,7 @@ class Round:
         engine = self._own if own else self._engine
         async with engine.connect() as connection:
             if own:
-                await connection.run_sync(renew_plans)
+                await connection.run_sync(prepare)
             result = await _driven(calls, AsyncTimerRepository(connection, clock=self._clock))
             await connection.commit()
             return result

@@ -27,6 +27,7 @@ from aion_timers.dispatcher.core import (
     engine_of,
     isolated,
     opening,
+    prepare,
     renew_plans,
     require_held,
 )
@@ -392,7 +393,7 @@ class Round:
         engine = self._own if own else self._engine
         with engine.connect() as connection:
             if own:
-                renew_plans(connection)
+                prepare(connection)
             result = _driven(calls, TimerRepository(connection, clock=self._clock))
             connection.commit()
             return result
