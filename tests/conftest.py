@@ -6,6 +6,7 @@ A backend that is missing makes the run fail: nothing here skips.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
 import tempfile
@@ -129,6 +130,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         backend = parameters.get("backend")
         if backend in SERVERS and item.path.stem not in _ON_SERVERS[backend]:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from looking through thousands of tests each time."""
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -379,10 +379,13 @@ def test_a_lease_is_never_given_from_before_a_wait(backend: str, url: URL, locke
     waiting.join()
 
 
-def test_a_claim_waits_for_nobody_and_a_second_settles_nothing(backend: str, url: URL, store: Store) -> None:
+@pytest.mark.parametrize("seconds", [1, pytest.param(5, marks=pytest.mark.slow)])
+def test_a_claim_waits_for_nobody_and_a_second_settles_nothing(
+    backend: str, url: URL, store: Store, seconds: int
+) -> None:
     with store.timers() as timers:
         timers.schedule_many(TimerEntry(ALPHA, number, NOW) for number in range(50))
-    until = time.monotonic() + 2
+    until = time.monotonic() + seconds
 
     def work(other: Store, number: int) -> None:
         while time.monotonic() < until:

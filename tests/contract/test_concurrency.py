@@ -47,8 +47,9 @@ def in_threads(backend: str, url: URL, work: Callable[[Store, int], None], threa
         raise errors[0]
 
 
-def test_statements_over_the_same_rows_in_other_orders_never_deadlock(backend: str, url: URL) -> None:
-    until = time.monotonic() + 3
+@pytest.mark.parametrize("seconds", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_statements_over_the_same_rows_in_other_orders_never_deadlock(backend: str, url: URL, seconds: int) -> None:
+    until = time.monotonic() + seconds
 
     def work(store: Store, number: int) -> None:
         chance = random.Random(number)  # noqa: S311 - a load, no secret
