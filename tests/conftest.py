@@ -161,27 +161,27 @@ def timers_postgres_server(postgres_server: URL) -> URL:
 class Databases:
     """Makes and drops databases of a server."""
 
-    def __init__(self, server: URL) -> None:
+    def __init__(self, server: URL, admin: psycopg.Connection[Any]) -> None:
         self.server = server
         self.prefix = f"aion_timers_{os.getpid()}_"
+        self._admin = admin
 
     def create(self, *, template: str = "template0") -> URL:
         """A new database, a copy of the template."""
         name = f"{self.prefix}{next(_numbers)}"
-        with _admin(self.server) as admin:
-            admin.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY FILE_COPY')  # type: ignore[call-overload] # names of ours
+        self._admin.execute(f'CREATE DATABASE "{name}" TEMPLATE "{template}" STRATEGY FILE_COPY')  # type: ignore[call-overload] # names of ours
         return self.server.set(database=name)
 
     def drop(self, database: URL) -> None:
         """Drop it, whoever is connected."""
-        with _admin(self.server) as admin:
-            admin.execute(f'DROP DATABASE "{database.database}" WITH (FORCE)')  # type: ignore[call-overload] # a name of ours
+        self._admin.execute(f'DROP DATABASE "{database.database}" WITH (FORCE)')  # type: ignore[call-overload] # a name of ours
 
 
 @pytest.fixture(scope="session")
-def databases(postgres_server: URL) -> Databases:
+def databases(postgres_server: URL) -> Iterator[Databases]:
     """The databases of the test server."""
-    return Databases(postgres_server)
+    with _admin(postgres_server) as admin:
+        yield Databases(postgres_server, admin)
 
 
 @pytest.fixture(scope="session")

@@ -254,6 +254,7 @@ def test_a_host_that_is_migrated_when_it_is_deployed(backend: str, new_host: New
     assert host.tables() == {"orders"}
 
 
+@pytest.mark.slow
 def test_deployments_that_find_an_empty_database(new_host: NewHost) -> None:
     host = new_host(DEPLOYED, "psycopg")
     started = [host.start("aion-timers", "migrate") for _ in range(8)]
