@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 CHILD = [sys.executable, "-m", "examples.order_reminders", "--as-child"]
 OTHER_PROGRAMS_FILE = ROOT / "tests" / "data" / "aion-0.1.0.db"
 
-APART = timedelta(seconds=1) / 600
+APART = timedelta(seconds=1) / 300
 
 console = Console(highlight=False)
 
