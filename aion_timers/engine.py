@@ -112,10 +112,15 @@ def _is_autocommit(connection: Connection) -> bool:
     return next((level for level in levels if level), None) == "AUTOCOMMIT"
 
 
+def schema_of(source: Connection | Engine) -> str | None:
+    """The schema into which the host translates tables that name none, None if it leaves them in the default one."""
+    translated: dict[str | None, str | None] = source.get_execution_options().get("schema_translate_map") or {}
+    return translated.get(None)
+
+
 def name_of_table(source: Connection | Engine) -> str:
     """The table of timers as a statement of this connection or engine names it: quoted, in the schema it is put in."""
-    schemas: dict[str | None, str | None] = source.get_execution_options().get("schema_translate_map") or {}
-    schema = schemas.get(None)
+    schema = schema_of(source)
     return f"{source.dialect.identifier_preparer.quote_schema(schema)}.timers" if schema else "timers"
 
 

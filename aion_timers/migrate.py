@@ -44,7 +44,7 @@ from sqlalchemy.exc import DBAPIError, MissingGreenlet
 from sqlalchemy.schema import CreateColumn, CreateTable
 from sqlalchemy.util import await_only
 
-from aion_timers.engine import MIGRATE, explained, require_dependable
+from aion_timers.engine import MIGRATE, explained, require_dependable, schema_of
 from aion_timers.errors import InvalidInputError, MigrationError, NotMigratedError, UnsupportedBindError
 from aion_timers.schema import POSTGRESQL, MovedTrigger, timers
 
@@ -422,12 +422,6 @@ def _known_revisions() -> tuple[str, ...]:
 
 def _head() -> str:
     return _known_revisions()[0]
-
-
-def schema_of(connection: Connection) -> str | None:
-    """The schema into which the host translates tables that name none, None if it leaves them in the default one."""
-    translated: dict[str | None, str | None] = connection.get_execution_options().get("schema_translate_map") or {}
-    return translated.get(None)
 
 
 def _revisions(connection: Connection) -> set[str]:

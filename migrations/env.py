@@ -23,7 +23,7 @@ from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import DropTable
 
 from aion_timers import migrate
-from aion_timers.engine import explained
+from aion_timers.engine import explained, schema_of
 from aion_timers.errors import TimerStoreError
 from aion_timers.schema import metadata, timers
 
@@ -119,7 +119,7 @@ def configure(**options: Any) -> None:  # noqa: ANN401 - Alembic's own options
 
 def run(connection: Connection) -> None:
     """Run the command on a connection that is in a transaction."""
-    schema = migrate.schema_of(connection)
+    schema = schema_of(connection)
     configure(connection=connection, version_table_schema=schema)
     migrations = context.get_context()
     if not migrations.purge:

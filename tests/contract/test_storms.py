@@ -120,8 +120,6 @@ def test_a_storm_is_fired_by_two_processes_in_bounded_memory(
             "first": shares[0],
             "second": shares[1],
             "lost": times[0],
-        }
-        row |= {
             "double": many - times[0] - times[1],
             "grown MiB": round(max(grown) / 1024, 1),
             "seconds": round(seconds),

@@ -462,7 +462,7 @@ class Machine(RuleBasedStateMachine):
 
 @pytest.mark.parametrize("backend", ["libsql", "psycopg"], indirect=True)
 @pytest.mark.parametrize(
-    ("examples", "steps"), [(25, 25), pytest.param(500, 60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+    ("examples", "steps"), [(50, 25), pytest.param(500, 60, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
 )
 def test_workers_whose_transactions_meet_do_what_the_model_does(store: Store, examples: int, steps: int) -> None:
     patience: dict[str, Any] = {"timeout": 0.01} if store.is_sqlite else {"options": "-c lock_timeout=10ms"}
