@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, NamedTuple, ParamSpec
 from uuid import UUID, uuid4
 
 from sqlalchemy import Connection, CursorResult, Executable, TwoPhaseTransaction
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session
 
 from aion_timers import statements
@@ -67,16 +68,15 @@ def _writable(timer: TimerEntry) -> TimerEntry:
         raise InvalidInputError(
             "entries", timer, f"a value of type {type(timer).__name__} is no TimerEntry", "pass TimerEntry objects"
         )
-    name = timer.timer_id.value
-    if isinstance(name, str) and len(name) > MAX_ENCODED_TIMER_ID // 8:
-        size = len(encode_timer_id(timer.timer_id).encode())
-        if size > MAX_ENCODED_TIMER_ID:
-            raise InvalidInputError(
-                "timer_id",
-                name,
-                f"the name takes {size:,} bytes when it is encoded",
-                f"shorten it: {MAX_ENCODED_TIMER_ID:,} bytes are the most that every database takes",
-            )
+    encoded = encode_timer_id(timer.timer_id)
+    # a character takes four bytes at most
+    if len(encoded) > MAX_ENCODED_TIMER_ID // 4 and (size := len(encoded.encode())) > MAX_ENCODED_TIMER_ID:
+        raise InvalidInputError(
+            "timer_id",
+            timer.timer_id.value,
+            f"the name takes {size:,} bytes when it is encoded",
+            f"shorten it: {MAX_ENCODED_TIMER_ID:,} bytes are the most that every database takes",
+        )
     return timer
 
 
@@ -178,25 +178,30 @@ def _report(row: tuple[Any, ...]) -> None:
         )
 
 
-def _refuse_foreign(rows: Iterable[Row]) -> None:
-    for row in rows:
-        raise ForeignRowError(
-            tuple(row),
-            "another program wrote a timer of this key in a form of its own, so it cannot be moved",
-            "correct or delete that row by hand, and schedule again",
-        )
+def _upserted(
+    dialect: Name, statement: Executable, parameters: Parameters, many: Sequence[TimerEntry], if_exists: IfExists
+) -> Operation[CursorResult[Any]]:
+    try:
+        return (yield statement, parameters)
+    except IntegrityError as error:
+        if dialect == SQLITE:
+            for row in (yield statements.foreign_among(), statements.entries(dialect, many, if_exists)):
+                raise ForeignRowError(
+                    tuple(row),
+                    "another program wrote a timer of this key in a form of its own, so it cannot be moved",
+                    "correct or delete that row by hand, and schedule again",
+                ) from error
+        raise
 
 
 def _schedule(
     dialect: Name, forget: Forget, timer: TimerEntry, if_exists: IfExists, now: datetime | None, *, notify: bool = True
 ) -> Operation[bool]:
+    statement = statements.schedule(dialect, if_exists, clocked=now is not None, notify=notify)
     parameters = {**statements.entry(dialect, timer), **statements.at(now)}
-    result = yield statements.schedule(dialect, if_exists, clocked=now is not None, notify=notify), parameters
+    result = yield from _upserted(dialect, statement, parameters, [timer], if_exists)
     changed = result.rowcount > 0
     result.close()  # with what tells the listeners it has a row
-    if not changed and dialect == SQLITE:
-        parameters = statements.entries(dialect, [timer], if_exists)
-        _refuse_foreign((yield statements.foreign_among(), parameters))
     forget([(timer.workflow_id, timer.timer_id)])
     return changed
 
@@ -212,13 +217,11 @@ def _schedule_many(
 ) -> Operation[int]:
     changed = 0
     source = iter(entries)
+    statement = statements.schedule_many(dialect, if_exists, clocked=now is not None, notify=notify)
     while chunk := list(islice(source, _CHUNK)):
         parameters = {**statements.entries(dialect, chunk, if_exists), **statements.at(now)}
-        result = yield statements.schedule_many(dialect, if_exists, clocked=now is not None, notify=notify), parameters
-        written = result.scalar_one() if result.returns_rows else result.rowcount
-        changed += written
-        if dialect == SQLITE and written < len(chunk):
-            _refuse_foreign((yield statements.foreign_among(), parameters))
+        result = yield from _upserted(dialect, statement, parameters, chunk, if_exists)
+        changed += result.scalar_one() if result.returns_rows else result.rowcount
         forget((timer.workflow_id, timer.timer_id) for timer in chunk)
     return changed
 
@@ -567,9 +570,13 @@ class TimerRepository(_Clocked):
         try:
             statement, parameters = next(steps)
             while True:
-                with explained():
-                    result = connection.execute(statement, parameters)
-                statement, parameters = steps.send(result)
+                try:
+                    with explained():
+                        result = connection.execute(statement, parameters)
+                except IntegrityError as error:
+                    statement, parameters = steps.throw(error)
+                else:
+                    statement, parameters = steps.send(result)
         except StopIteration as stop:
             value: T = stop.value
             return value
@@ -755,9 +762,13 @@ class AsyncTimerRepository(_Clocked):
         try:
             statement, parameters = next(steps)
             while True:
-                with explained():
-                    result = await connection.execute(statement, parameters)
-                statement, parameters = steps.send(result)
+                try:
+                    with explained():
+                        result = await connection.execute(statement, parameters)
+                except IntegrityError as error:
+                    statement, parameters = steps.throw(error)
+                else:
+                    statement, parameters = steps.send(result)
         except StopIteration as stop:
             value: T = stop.value
             return value

@@ -10,12 +10,14 @@ from uuid import UUID
 
 import pytest
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 
 from aion_timers import ForeignRowError, InvalidInputError, Timer, TimerEntry
 from tests.conftest import DATA
-from tests.store import Store
+from tests.store import SERVERS, Store
 
-pytestmark = pytest.mark.parametrize("backend", ["libsql", "aiolibsql", "sqlite", "aiosqlite"], indirect=True)
+FILES = ("libsql", "aiolibsql", "sqlite", "aiosqlite")
+pytestmark = pytest.mark.parametrize("backend", [*FILES, *SERVERS], indirect=True)
 
 NOW = datetime(2026, 6, 3, 2, 30, tzinfo=UTC)
 ALPHA = UUID("6f9619ff-8b86-d011-b42d-00cf4fc964ff")
@@ -163,6 +165,29 @@ def test_a_foreign_instant_under_the_same_key_is_refused_not_moved(store: Store,
     with store.timers() as timers, pytest.raises(ForeignRowError, match="wake-up"):
         timers.schedule_many([*GOOD, TimerEntry(ALPHA, "wake-up", NOW)], if_exists=if_exists)
     assert foreign_row(store) == before
+    assert store.sql("SELECT count(*) FROM timers") == [(1,)]
+
+
+def test_a_refused_row_undoes_its_own_statement_alone(store: Store) -> None:
+    insert(store, [WORKFLOW, TIMER, "'2026-06-03T02:30:00Z'"])
+    with store.timers() as timers:
+        timers.schedule(OTHER, 1, NOW)
+        with pytest.raises(ForeignRowError, match="wake-up"):
+            timers.schedule_many([*GOOD, TimerEntry(ALPHA, "wake-up", NOW)])
+        timers.schedule(OTHER, 2, NOW)
+    with store.timers() as timers:
+        assert timers.expired(LATE) == [TimerEntry(OTHER, 1, NOW), TimerEntry(OTHER, 2, NOW)]
+
+
+def test_a_constraint_of_the_hosts_that_a_timer_breaks_is_told_as_it_is(store: Store) -> None:
+    store.sql("CREATE TABLE letters (number INTEGER PRIMARY KEY)")
+    store.sql("CREATE TRIGGER write AFTER INSERT ON timers BEGIN INSERT INTO letters VALUES (1); END")
+    with store.timers() as timers:
+        timers.schedule(OTHER, 1, NOW)
+        with pytest.raises(IntegrityError, match=r"letters\.number"):
+            timers.schedule(OTHER, 2, NOW)
+        with pytest.raises(IntegrityError, match=r"letters\.number"):
+            timers.schedule_many(GOOD)
     assert store.sql("SELECT count(*) FROM timers") == [(1,)]
 
 

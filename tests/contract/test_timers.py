@@ -105,6 +105,18 @@ def test_what_becomes_of_a_timer_that_exists(
         assert timers.get(BETA, "wake-up").fire_at == NOW + stands * SECOND
 
 
+@pytest.mark.parametrize("if_exists", ["replace", "keep", "earliest", "latest"])
+def test_scheduling_is_one_statement_whatever_is_there(store: Store, if_exists: Any) -> None:
+    seen: list[str] = []
+    with store.timers() as timers:
+        timers.schedule_many([TimerEntry(ALPHA, 1, NOW), TimerEntry(ALPHA, 2, NOW)])
+        event.listen(store.sync_engine, "before_cursor_execute", lambda *arguments: seen.append(arguments[2]))
+        timers.schedule(ALPHA, 1, NOW, if_exists=if_exists)
+        assert len(seen) == 1
+        timers.schedule_many([TimerEntry(ALPHA, number, NOW) for number in range(4)], if_exists=if_exists)
+        assert len(seen) == 2
+
+
 def test_many_timers_are_scheduled_at_once(store: Store) -> None:
     entries = [TimerEntry(uuid4(), number, NOW + number * SECOND) for number in range(2500)]
     with store.timers() as timers:
