@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.warm import Program, starter
+
 ROOT = Path(__file__).parents[1]
 
 COMMAND = """\
@@ -31,18 +33,12 @@ class Environment:
         self.python = self.bin / "python"
         self.site_packages = Path(sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)}))
 
-    def start(self, *command: str, cwd: Path, **variables: str) -> subprocess.Popen[str]:
+    def start(self, *command: str, cwd: Path, **variables: str) -> Program:
         """Start a program of the environment, which finds nothing of this process's own settings."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AION_", "PYTHON"))}
         path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
-        return subprocess.Popen(
-            [self.bin / command[0], *command[1:]],
-            cwd=cwd,
-            env=inherited | {"PATH": path, "PYTHONWARNINGS": "error"} | variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        program = command[1:] if command[0] == "python" else [str(self.bin / command[0]), *command[1:]]
+        return starter(self.python).start(program, cwd, inherited | {"PATH": path} | variables)
 
 
 def made_once(factory: pytest.TempPathFactory) -> Environment:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import os
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from sqlalchemy import URL, Connection, Engine, text
 
 from tests.conftest import Databases, _numbers, open_engine
 from tests.store import SERVERS
+from tests.warm import Program, starter
 
 ROOT = Path(__file__).parents[2]
 HEAD = "aion0002"
@@ -145,19 +145,11 @@ def database(backend: str, new_database: Callable[..., Database]) -> Database:
     return new_database(backend)
 
 
-def start_alembic(
-    *arguments: str, cwd: Path = ROOT, url: URL | None = None, **environment: str
-) -> subprocess.Popen[str]:
+def start_alembic(*arguments: str, cwd: Path = ROOT, url: URL | None = None, **environment: str) -> Program:
     """Start Alembic's command line in a process of its own."""
     x = [] if url is None else ["-x", f"url={url.render_as_string(hide_password=False)}"]
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "alembic", *x, *arguments],
-        cwd=cwd,
-        env={**{name: value for name, value in os.environ.items() if name != "AION_TIMERS_URL"}, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    inherited = {name: value for name, value in os.environ.items() if name != "AION_TIMERS_URL"}
+    return starter(Path(sys.executable)).start(["-m", "alembic", *x, *arguments], cwd, inherited | environment)
 
 
 def alembic(

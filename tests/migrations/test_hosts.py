@@ -17,6 +17,7 @@ from aion_timers import migrate
 from tests.installed import ROOT, Environment, made_once
 from tests.migrations.conftest import HEAD, Database, alembic
 from tests.migrations.test_command_line import run_script
+from tests.warm import Program
 
 AT_START, OWN_ALEMBIC, DEPLOYED = "migrate_at_start", "alembic_host", "deployed_shop"
 NOTHING_TO_DO = "No new upgrade operations detected.\n"
@@ -41,7 +42,7 @@ class Host:
         if schema is not None:
             self.variables["SHOP_SCHEMA"] = schema
 
-    def start(self, *command: str) -> subprocess.Popen[str]:
+    def start(self, *command: str) -> Program:
         """Start a program of the host."""
         return self.environment.start(*command, cwd=self.folder, **self.variables)
 

@@ -1,0 +1,156 @@
+"""Programs that need not import what nearly all of them do: of a run's time, a tenth would go there.
+
+A process of an interpreter imports `PACKAGES`, which are all of other people, and is forked for each program. That one
+imports what is tested by itself, and ends as if it had been started in the usual way.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import IO
+
+PACKAGES = ("aiosqlite", "alembic.config", "asyncpg", "psycopg", "sqlalchemy.ext.asyncio", "sqlalchemy.orm", "typer")
+
+
+class Program:
+    """A program that was started."""
+
+    def __init__(self, status: socket.socket, out: IO[str], report: IO[str]) -> None:
+        self.returncode: int | None = None
+        self._status = status
+        self._lines = status.makefile()
+        self._pid = int(self._lines.readline())
+        self._files = out, report
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """What it printed and what it reported, once it has ended.
+
+        Raises:
+            TimeoutError: it has not, and was killed.
+        """
+        if not select.select([self._status], [], [], timeout)[0]:
+            os.kill(self._pid, signal.SIGKILL)
+            raise TimeoutError
+        self.returncode = int(self._lines.readline())
+        self._lines.close()
+        self._status.close()
+        return self._read(self._files[0]), self._read(self._files[1])
+
+    @staticmethod
+    def _read(file: IO[str]) -> str:
+        with file:
+            file.seek(0)
+            return file.read()
+
+
+class Starter:
+    """Starts programs of an interpreter, for which every warning is an error."""
+
+    def __init__(self, python: Path) -> None:
+        self._mutex = threading.Lock()
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [python, "-P", "-W", "error", __file__, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env={name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
+                stdin=subprocess.DEVNULL,
+            )
+
+    def start(self, program: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> Program:
+        """Start the program of a file, or of a module after ``-m``."""
+        status, theirs = socket.socketpair()
+        out, report = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115 - the program closes them
+        with theirs, self._mutex:
+            socket.send_fds(self._control, [b"+"], [out.fileno(), report.fileno(), theirs.fileno()])
+            request = json.dumps([list(map(str, program)), str(cwd), dict(environment)])
+            self._control.sendall(f"{len(request):8}{request}".encode())
+            assert self._control.recv(1) == b"+"
+        return Program(status, out, report)
+
+    def close(self) -> None:
+        """Start no more."""
+        self._control.close()
+        self._process.wait(10)
+
+
+@cache
+def starter(python: Path) -> Starter:
+    """The one of an interpreter, until this process ends."""
+    made = Starter(python)
+    atexit.register(made.close)
+    return made
+
+
+# -- in the other process ---------------------------------------------------------------------------------------------
+
+
+def wait_for_program(control: socket.socket) -> list[str]:
+    """Wait for requests, and return in a child with the program that one asks for; else the process ends."""
+    while True:
+        begun, files, _, _ = socket.recv_fds(control, 1, 3)
+        if not begun:
+            raise SystemExit
+        length = int(control.recv(8, socket.MSG_WAITALL))
+        program, cwd, environment = json.loads(control.recv(length, socket.MSG_WAITALL))
+        if os.fork() == 0 and start(files):
+            control.close()
+            os.chdir(cwd)
+            os.environ.clear()
+            os.environ.update(environment)
+            return list(program)
+        for file in files:
+            os.close(file)
+        control.sendall(b"+")
+
+
+def start(files: Sequence[int]) -> bool:
+    """Fork the program, return true in it, and tell how it ended."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    out, report, status = files
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(out, 1)
+        os.dup2(report, 2)
+        for file in files:
+            os.close(file)
+        return True
+    os.write(status, f"{pid}\n".encode())
+    ended = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.write(status, f"{ended}\n".encode())
+    os._exit(0)
+
+
+def main() -> None:
+    """Become what is asked for, again and again."""
+    for package in PACKAGES:
+        importlib.import_module(package)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    with socket.socket(fileno=int(sys.argv[1])) as control:
+        program = wait_for_program(control)
+    if program[0] == "-m":
+        sys.argv = program[1:]
+        sys.path.insert(0, str(Path.cwd()))
+        runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = program
+        sys.path.insert(0, str(Path(program[0]).parent.resolve()))
+        runpy.run_path(program[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
