@@ -384,6 +384,7 @@ class Books(Generic[D]):
         waiting: the queue that workers take from.
         nothing: the exception by which the queue says that it is empty.
         is_sqlite: whether the database is of the SQLite family.
+        is_local: whether it is a file, so that its clock is this machine's.
         once: whether only what is due at the beginning is fired.
     """
 
@@ -396,6 +397,7 @@ class Books(Generic[D]):
         waiting: Waiting[D],
         nothing: type[Exception],
         is_sqlite: bool,
+        is_local: bool,
         once: bool,
     ) -> None:
         self.settings = settings
@@ -409,6 +411,7 @@ class Books(Generic[D]):
         self._waiting = waiting
         self._nothing = nothing
         self._is_sqlite = is_sqlite
+        self._is_local = is_local and settings.clock is None
         self._lock = threading.Lock()
         # of deliveries, not of claims, whose hash is made of all that they hold
         self._held: set[D] = set()
@@ -672,10 +675,16 @@ class Books(Generic[D]):
             return
         empty = self._empty if turn.limit else 0
         longest = self.settings.max_sleep
-        seconds = pacing.nap(turn.wake, empty=empty, longest=longest, whole_milliseconds=self._is_sqlite)
+        past = self._past_millisecond(turn.ended) if self._is_local else timedelta(0)
+        seconds = pacing.nap(turn.wake, empty=empty, longest=longest, whole_milliseconds=self._is_sqlite, past=past)
         self._ask_at = turn.ended + seconds
         # after the longest sleep there need not be anything, and a question costs less than a claim
         self._certain = turn.wake is not None and turn.wake <= longest
+
+    @staticmethod
+    def _past_millisecond(moment: float) -> timedelta:
+        """How much of a millisecond of this machine's clock had gone by at a moment of the monotonic one."""
+        return timedelta(seconds=(time.time() - time.monotonic() + moment) % 0.001)
 
     def _take(self, turn: Turn[D]) -> list[D]:
         now = self._clock()

@@ -104,7 +104,14 @@ def tick(lease: timedelta) -> float:
     return max(SHORTEST_TICK, lease / TICKS).total_seconds()
 
 
-def nap(wake: timedelta | None, *, empty: int, longest: timedelta, whole_milliseconds: bool) -> float:
+def nap(
+    wake: timedelta | None,
+    *,
+    empty: int,
+    longest: timedelta,
+    whole_milliseconds: bool,
+    past: timedelta = timedelta(0),
+) -> float:
     """Seconds until the next claim.
 
     Args:
@@ -112,11 +119,12 @@ def nap(wake: timedelta | None, *, empty: int, longest: timedelta, whole_millise
         empty: how many claims in a row came back empty.
         longest: the longest sleep.
         whole_milliseconds: whether the database's clock shows no more; a timer is due when it shows its instant.
+        past: how much of a millisecond has gone by since it moved on, as far as that is known.
     """
     if wake is None:
         return longest.total_seconds()
     if whole_milliseconds and wake > timedelta(0):
-        wake = -(-wake // _MILLISECOND) * _MILLISECOND
+        wake = -(-wake // _MILLISECOND) * _MILLISECOND - past
     if empty == 0:
         least = timedelta(0)
     elif wake <= timedelta(0):

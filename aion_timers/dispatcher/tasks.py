@@ -214,6 +214,7 @@ class Round:
             waiting=self._ready,
             nothing=asyncio.QueueEmpty,
             is_sqlite=self._is_sqlite,
+            is_local=self._is_sqlite and not engine.url.host,
             once=once,
         )
 

@@ -242,6 +242,7 @@ class Round:
             waiting=self._ready,
             nothing=queue.Empty,
             is_sqlite=self._is_sqlite,
+            is_local=self._is_sqlite and not engine.url.host,
             once=once,
         )
 

@@ -63,6 +63,19 @@ def test_how_long_a_nap_is(wake: timedelta | None, empty: int, whole: bool, seco
     assert nap == pytest.approx(seconds, abs=1e-6)
 
 
+@given(st.integers(0, 10**9), st.integers(0, 10**7), st.integers(0, 10**3))
+def test_a_nap_ends_when_a_clock_of_milliseconds_shows_the_instant(began: int, later: int, known_later: int) -> None:
+    """All in microseconds: when the clock was read, the instant after that, and when the answer had come."""
+    instant, ended = began + later, began + known_later
+    shown, tick = began // 1000 * 1000, -(-instant // 1000) * 1000
+    wake, past = timedelta(microseconds=instant - shown), timedelta(microseconds=ended % 1000)
+    seconds = pacing.nap(wake, empty=0, longest=3600 * SECOND, whole_milliseconds=True, past=past)
+    woken = ended + seconds * 1_000_000
+    assert woken >= tick - 0.5
+    # a millisecond more only if the clock moved on while the answer came
+    assert woken <= max(ended, tick + 1000 * (ended // 1000 - began // 1000)) + 0.5
+
+
 @given(st.integers(1, 1000), st.integers(1, 1000), st.integers(0, 5000), st.none() | st.floats(0, 1e6))
 def test_no_more_is_claimed_than_batch_and_concurrency_allow(
     concurrency: int, batch: int, busy: int, typical: float | None
