@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -27,8 +28,12 @@ from aion_timers import migrate, prepare_sqlite
 
 from .sqld import Sqld
 from .store import ASYNC_DRIVERS, BACKENDS, SERVERS, Store
+from .warm import PACKAGES
 
 pytest_plugins = ["aion_timers.testing.pytest_plugin", "pytester"]
+
+# for the processes that the tests start without a program of their own
+multiprocessing.set_forkserver_preload(list(PACKAGES))
 
 DATA = Path(__file__).parent / "data"
 _numbers = count()

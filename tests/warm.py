@@ -60,14 +60,14 @@ class Program:
 class Starter:
     """Starts programs of an interpreter, for which every warning is an error."""
 
-    def __init__(self, python: Path) -> None:
+    def __init__(self, python: Path, variables: Mapping[str, str]) -> None:
         self._mutex = threading.Lock()
         self._control, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 [python, "-P", "-W", "error", __file__, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env={name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
+                env={name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | dict(variables),
                 stdin=subprocess.DEVNULL,
             )
 
@@ -89,9 +89,9 @@ class Starter:
 
 
 @cache
-def starter(python: Path) -> Starter:
-    """The one of an interpreter, until this process ends."""
-    made = Starter(python)
+def starter(python: Path = Path(sys.executable), **variables: str) -> Starter:
+    """The one of an interpreter that was started with these variables, until this process ends."""
+    made = Starter(python, variables)
     atexit.register(made.close)
     return made
 

@@ -101,27 +101,26 @@ def test_rows_beyond_every_datetime_are_left_alone(adopted: Store) -> None:
 
 def test_what_we_write_has_the_bytes_that_the_crate_writes(store: Store) -> None:
     written = 0
-    for line in manifest("aion-0.1.0.jsonl"):
-        if (found := meaning(line)) is None:
-            continue
-        fire_at, workflow, value = found
-        if len(line["stored"][1].encode()) > 1024:  # read, but not written
-            continue
-        with store.timers() as timers:
+    with store.connection() as connection:
+        timers = store.repository(connection)
+        for line in manifest("aion-0.1.0.jsonl"):
+            if (found := meaning(line)) is None:
+                continue
+            fire_at, workflow, value = found
+            if len(line["stored"][1].encode()) > 1024:  # read, but not written
+                continue
             timers.schedule(workflow, value, fire_at)
-        one = store.sql("SELECT workflow_id, timer_id, fire_at FROM timers")
-        with store.timers() as timers:
+            one = connection.exec_driver_sql("SELECT workflow_id, timer_id, fire_at FROM timers").all()
             timers.cancel_workflow(workflow)
             timers.schedule_many([TimerEntry(workflow, value, fire_at)])
-        many = store.sql("SELECT workflow_id, timer_id, fire_at FROM timers")
-        with store.timers() as timers:
+            many = connection.exec_driver_sql("SELECT workflow_id, timer_id, fire_at FROM timers").all()
             timers.cancel_workflow(workflow)
-        assert one == many
-        ((workflow_id, timer_id, instant),) = one
-        assert [workflow_id, timer_id] == line["stored"][:2]
-        if line["nanosecond"] % 1000 == 0:
-            assert instant == line["stored"][2]
-        written += 1
+            assert one == many
+            ((workflow_id, timer_id, instant),) = one
+            assert [workflow_id, timer_id] == line["stored"][:2]
+            if line["nanosecond"] % 1000 == 0:
+                assert instant == line["stored"][2]
+            written += 1
     assert written > 100
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -7,14 +8,18 @@ import sys
 from pathlib import Path
 
 from examples import egg_timer
+from tests.warm import starter
 
 
 def command(file: Path, *arguments: str) -> list[str]:
-    return [sys.executable, egg_timer.__file__, "--file", str(file), *arguments]
+    return [egg_timer.__file__, "--file", str(file), *arguments]
 
 
 def run(file: Path, *arguments: str) -> str:
-    return subprocess.run(command(file, *arguments), check=True, capture_output=True, text=True).stdout
+    program = starter().start(command(file, *arguments), file.parent, os.environ)
+    out, report = program.communicate(60)
+    assert (program.returncode, report) == (0, "")
+    return out
 
 
 def test_a_timer_that_is_due_rings_once(tmp_path: Path) -> None:
@@ -28,7 +33,7 @@ def test_a_timer_that_is_due_rings_once(tmp_path: Path) -> None:
 def test_one_that_waits_hears_of_a_timer_that_another_process_sets_and_ends_when_told(tmp_path: Path) -> None:
     file = tmp_path / "eggs.db"
     run(file, "set", "hard", "3600")
-    with subprocess.Popen(command(file, "ring"), stdout=subprocess.PIPE, text=True) as waiting:
+    with subprocess.Popen([sys.executable, *command(file, "ring")], stdout=subprocess.PIPE, text=True) as waiting:
         try:
             assert waiting.stdout is not None
             run(file, "set", "soft", "0.1")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.warm import starter
 
 # freed memory is filled with the byte that SQLite takes for an open database, so that a second close goes astray
 FILLED = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.perturb=118"}
@@ -51,15 +52,17 @@ def refused(work):
 """
 
 
-def run(program: str, path: Path) -> int:
-    return subprocess.run(
-        [sys.executable, "-c", program, str(path)], env={**os.environ, **FILLED}, check=False, capture_output=True
-    ).returncode
+def run(program: str, folder: Path) -> int | None:
+    file = folder / "program.py"
+    file.write_text(program)
+    started = starter(**FILLED).start([str(file), str(folder / "file.db")], folder, os.environ)
+    started.communicate(60)
+    return started.returncode
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 def test_a_connection_is_closed_once(way: str, tmp_path: Path) -> None:
-    assert run(PROGRAM + way, tmp_path / "file.db") == 0
+    assert run(PROGRAM + way, tmp_path) == 0
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory is filled by glibc")
@@ -68,4 +71,4 @@ def test_the_driver_alone_closes_twice(tmp_path: Path) -> None:
     program = (
         "import sys, libsql_experimental as driver; c = driver.connect(sys.argv[1]); c.execute('SELECT 1'); c.close()"
     )
-    assert run(program, tmp_path / "file.db") == -signal.SIGSEGV
+    assert run(program, tmp_path) == -signal.SIGSEGV

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import os
-import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -149,7 +148,7 @@ def start_alembic(*arguments: str, cwd: Path = ROOT, url: URL | None = None, **e
     """Start Alembic's command line in a process of its own."""
     x = [] if url is None else ["-x", f"url={url.render_as_string(hide_password=False)}"]
     inherited = {name: value for name, value in os.environ.items() if name != "AION_TIMERS_URL"}
-    return starter(Path(sys.executable)).start(["-m", "alembic", *x, *arguments], cwd, inherited | environment)
+    return starter().start(["-m", "alembic", *x, *arguments], cwd, inherited | environment)
 
 
 def alembic(
