@@ -245,7 +245,7 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def url(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[URL]:
+def url(backend: str, request: pytest.FixtureRequest) -> Iterator[URL]:
     """A fresh migrated database of the backend."""
     if backend.startswith(("psycopg", "asyncpg")):
         databases: Databases = request.getfixturevalue("databases")
@@ -261,9 +261,10 @@ def url(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> Iterato
         server.drop(name)
         return
     template = request.getfixturevalue("libsql_template" if "libsql" in backend else "sqlite_template")
-    path = tmp_path / "timers.db"
-    shutil.copy(template, path)
-    yield URL.create("sqlite" if backend == "sqlite" else f"sqlite+{backend}", database=str(path))
+    with tempfile.TemporaryDirectory(prefix="aion-timers-", dir=_fast_directory()) as folder:
+        path = Path(folder) / "timers.db"
+        shutil.copy(template, path)
+        yield URL.create("sqlite" if backend == "sqlite" else f"sqlite+{backend}", database=str(path))
 
 
 @pytest.fixture

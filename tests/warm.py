@@ -63,11 +63,12 @@ class Starter:
     def __init__(self, python: Path, variables: Mapping[str, str]) -> None:
         self._mutex = threading.Lock()
         self._control, theirs = socket.socketpair()
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         with theirs:
             self._process = subprocess.Popen(
                 [python, "-P", "-W", "error", __file__, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env={name: value for name, value in os.environ.items() if not name.startswith("PYTHON")} | dict(variables),
+                env=inherited | dict(variables),
                 stdin=subprocess.DEVNULL,
             )
 
