@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import IO
@@ -37,19 +38,31 @@ class Program:
         self._pid = int(self._lines.readline())
         self._files = out, report
 
+    def poll(self, seconds: float = 0) -> int | None:
+        """How it ended, if it does so within these seconds: its status, or the negative number of a signal."""
+        if self.returncode is None and select.select([self._status], [], [], seconds)[0]:
+            self.returncode = int(self._lines.readline())
+            self._lines.close()
+            self._status.close()
+        return self.returncode
+
     def communicate(self, timeout: float) -> tuple[str, str]:
         """What it printed and what it reported, once it has ended.
 
         Raises:
             TimeoutError: it has not, and was killed.
         """
-        if not select.select([self._status], [], [], timeout)[0]:
-            os.kill(self._pid, signal.SIGKILL)
+        if self.poll(timeout) is None:
+            self.send_signal(signal.SIGKILL)
             raise TimeoutError
-        self.returncode = int(self._lines.readline())
-        self._lines.close()
-        self._status.close()
         return self._read(self._files[0]), self._read(self._files[1])
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, if it runs."""
+        if self.poll() is None:
+            # it may end at this moment
+            with suppress(ProcessLookupError):
+                os.kill(self._pid, number)
 
     @staticmethod
     def _read(file: IO[str]) -> str:
@@ -71,10 +84,11 @@ class Starter:
                 pass_fds=[theirs.fileno()],
                 env=inherited | dict(variables),
                 stdin=subprocess.DEVNULL,
+                start_new_session=True,
             )
 
     def start(self, program: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> Program:
-        """Start the program of a file, or of a module after ``-m``."""
+        """Start the program of a file, of a module after ``-m``, or of a text after ``-c``."""
         status, theirs = socket.socketpair()
         out, report = (tempfile.TemporaryFile("w+") for _ in range(2))  # noqa: SIM115 - the program closes them
         with theirs, self._mutex:
@@ -151,6 +165,10 @@ def main() -> None:
         sys.argv = program[1:]
         sys.path.insert(0, str(Path.cwd()))
         runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+    elif program[0] == "-c":
+        sys.argv = ["-c", *program[2:]]
+        sys.path.insert(0, "")
+        exec(compile(program[1], "<string>", "exec"), {"__name__": "__main__"})  # noqa: S102 - as Python does
     else:
         sys.argv = program
         sys.path.insert(0, str(Path(program[0]).parent.resolve()))

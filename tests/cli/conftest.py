@@ -16,6 +16,7 @@ from sqlalchemy import URL, Engine, create_engine
 from aion_timers import prepare_sqlite
 from aion_timers.cli.app import run
 from tests.conftest import Databases
+from tests.warm import Program, starter
 
 VARIABLES = ("AION_TIMERS_URL", "AION_TIMERS_TRACEBACK")
 
@@ -68,12 +69,17 @@ def environment(**variables: str) -> dict[str, str]:
 MAIN = "import aion_timers.cli as cli; cli.main()"
 
 
-def start(*arguments: object, cwd: Path, code: str = MAIN, **variables: str) -> subprocess.Popen[str]:
+def start(*arguments: object, cwd: Path, code: str = MAIN, **variables: str) -> Program:
     """The command line as a program of its own."""
+    return starter().start(["-c", code, *map(str, arguments)], cwd, environment(**variables))
+
+
+def start_with_pipes(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
+    """The same, for what is to be read while it runs."""
     return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-c", MAIN, *map(str, arguments)],
         cwd=cwd,
-        env=environment(**variables),
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -168,8 +169,8 @@ def kill_half_way(source: URL, target: URL, number: int, cwd: Path) -> int:
                 if connection.execute(text("SELECT count(*) FROM timers")).scalar_one() > number // 3:
                     break
     finally:
-        copying.kill()
-        copying.communicate()
+        copying.send_signal(signal.SIGKILL)
+        copying.communicate(90)
     with engine.connect() as connection:
         there: int = connection.execute(text("SELECT count(*) FROM timers")).scalar_one()
     engine.dispose()

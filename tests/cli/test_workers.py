@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -16,8 +15,9 @@ import pytest
 from sqlalchemy import URL, Engine
 
 from aion_timers import TimerEntry, TimerRepository
-from tests.cli.conftest import Cli, NewUrl, start
+from tests.cli.conftest import Cli, NewUrl, start, start_with_pipes
 from tests.cli.conftest import text as shown
+from tests.warm import Program
 
 EngineOf = Callable[[URL], Engine]
 NOW = datetime(2020, 1, 1, tzinfo=UTC)
@@ -76,10 +76,10 @@ def left(engine: Engine) -> list[str]:
         return [str(timer.timer_id.value) for timer in TimerRepository(connection).expired()]
 
 
-def wait_for(condition: Callable[[], object], program: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], object], program: Program) -> None:
     deadline = time.monotonic() + PATIENCE
     while not condition():
-        assert program.poll() is None, program.communicate()
+        assert program.poll() is None, program.communicate(PATIENCE)
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -92,7 +92,7 @@ def here(tmp_path: Path) -> Path:
     return tmp_path / "work"
 
 
-def run(here: Path, url: URL, *arguments: str) -> subprocess.Popen[str]:
+def run(here: Path, url: URL, *arguments: str) -> Program:
     return start("run", *arguments, "--url", shown(url), cwd=here)
 
 
@@ -189,7 +189,7 @@ def test_what_is_watched(cli: Cli, kind: str, new_url: NewUrl, engine_of: Engine
 def test_watching_goes_on_and_sees_what_gets_done(here: Path, new_url: NewUrl, engine_of: EngineOf) -> None:
     engine = engine_of(url := new_url("psycopg"))
     fill(engine, *map(str, range(50)))
-    program = start("watch", "--json", "--interval", "0.2", "--url", shown(url), cwd=here)
+    program = start_with_pipes("watch", "--json", "--interval", "0.2", "--url", shown(url), cwd=here)
     try:
         assert program.stdout is not None
         assert json.loads(program.stdout.readline())["due"] == 50

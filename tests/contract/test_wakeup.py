@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import select
 import socket
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -28,6 +27,7 @@ from aion_timers.libsql import dbapi
 from aion_timers.wakeup import AsyncWakeup, Wakeup
 from tests.conftest import open_engine
 from tests.store import ASYNC_DRIVERS, HEARING, SERVERS, Store
+from tests.warm import starter
 
 SOON = 30.0  # seconds that nobody waits for, unless something is broken
 NEVER = 0.2  # seconds in which something that must not happen would have
@@ -214,9 +214,10 @@ def test_rings_for_another_process(store: Store, url: URL) -> None:
         else "SELECT pg_notify('aion_timers_' || CAST('timers'::regclass AS oid), '')"
     )
     with listening(store.engine) as waiter:
-        subprocess.run(
-            [sys.executable, "-c", OTHER_PROCESS, sync.render_as_string(hide_password=False), statement], check=True
-        )
+        shown = sync.render_as_string(hide_password=False)
+        other = starter().start(["-c", OTHER_PROCESS, shown, statement], Path.cwd(), os.environ)
+        _, report = other.communicate(60)
+        assert other.returncode == 0, report
         assert waiter.wait(SOON)
 
 

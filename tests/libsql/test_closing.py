@@ -53,9 +53,7 @@ def refused(work):
 
 
 def run(program: str, folder: Path) -> int | None:
-    file = folder / "program.py"
-    file.write_text(program)
-    started = starter(**FILLED).start([str(file), str(folder / "file.db")], folder, os.environ)
+    started = starter(**FILLED).start(["-c", program, str(folder / "file.db")], folder, os.environ)
     started.communicate(60)
     return started.returncode
 
