@@ -17,7 +17,7 @@ import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
-from aion_timers.libsql.errors import DisconnectError, Error, OperationalError, ProgrammingError
+from aion_timers.libsql.errors import BusyError, DisconnectError, Error, OperationalError, ProgrammingError
 from aion_timers.libsql.hrana import protocol
 from aion_timers.libsql.hrana.http import BrokenError, UnansweredError, UnsentError
 
@@ -94,6 +94,7 @@ class Stream:
             repeatable: nothing is lost if a new stream does all of this twice.
 
         Raises:
+            BusyError: the server has begun nothing of it, and the stream is as it was.
             DisconnectError: the stream is gone, and what it had not committed.
             LostError: this request may have been done in part or whole.
             OperationalError: the server refuses.
@@ -113,6 +114,8 @@ class Stream:
             if not (begins and undone):
                 raise
             answer = self._answer(protocol.pipeline(None, sent))
+        except BusyError:
+            raise
         except BaseException:
             self.forget()
             raise
@@ -205,6 +208,8 @@ class Stream:
             made = OperationalError(f"{name} is no libSQL server, or has no such database ({status}: {told})")
         elif status == HTTPStatus.BAD_REQUEST and self._baton is not None:
             made = GoneError(f"{name} has lost the stream ({status}: {told})")
+        elif status == HTTPStatus.TOO_MANY_REQUESTS:
+            made = BusyError(f"{name} takes no more requests for now ({status}: {told})")
         elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             made = LostError(f"{name} failed ({status}: {told})")
         else:

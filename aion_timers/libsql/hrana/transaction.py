@@ -174,7 +174,7 @@ class Transaction:
         if self.stream.is_open:
             self._go_on(Kind.INSPECT, [protocol.statement("SELECT 1")])
         else:
-            self.stream.send([], close=True, repeatable=True)
+            self._send([], close=True, repeatable=True)
 
     def _control(self, statement: Statement) -> bool:
         """Prepare for a statement that neither reads nor writes; whether that was all there is to do."""
@@ -423,6 +423,15 @@ class Transaction:
     def _wait(self) -> _Wait:
         return _Wait(self.timeout, self.stream.exchange.sleep)
 
+    def _send(self, requests: Sequence[protocol.Request], *, close: bool, repeatable: bool) -> list[protocol.Result]:
+        """Send requests in one round trip, again while the server takes none."""
+        wait = self._wait()
+        while True:
+            try:
+                return self.stream.send(requests, close=close, repeatable=repeatable)
+            except BusyError as error:
+                wait.pause(error)
+
     def _run(
         self,
         head: Sequence[_Encoded],
@@ -449,7 +458,7 @@ class Transaction:
             # works only if SQLite has ended the transaction because of an error, as INSERT OR ROLLBACK does
             steps.append(protocol.unless_done(len(steps) - 1, "BEGIN", after=len(head) - 1 if head else None))
         try:
-            result = self.stream.send([*before, protocol.batch(steps)], close=close, repeatable=repeatable)[-1]
+            result = self._send([*before, protocol.batch(steps)], close=close, repeatable=repeatable)[-1]
         except BaseException:
             # whoever goes on without a rollback() shall not do so in another transaction
             if self.state is not State.IDLE:

@@ -367,6 +367,33 @@ def test_refusals(
     assert set(seen) == {f"Bearer {TOKEN}"}
 
 
+def test_a_server_that_takes_no_more_connections_is_asked_again(
+    make_world: MakeWorld, database: ServerDatabase, sqld: Sqld
+) -> None:
+    through, refused = forwarding(sqld), []
+
+    def answer(path: str, headers: dict[str, str], body: bytes) -> Answer:
+        # as a new connection, and as the first statement of a transaction
+        if len(refused) in (0, 1) or (len(refused) in (2, 3) and b"UPDATE" in body):
+            refused.append(body)
+            return 429, {}, b"Timed out while opening database connection"
+        return through(path, headers, body)
+
+    with Front.answering(answer) as front:
+        world = make_world(f"localhost:{front.port}/{database.url.database}")
+        world.connection(increment)
+    assert len(refused) == 4
+    assert value(database) == 1
+
+
+def test_a_server_that_takes_no_connections_for_too_long_is_busy(make_world: MakeWorld) -> None:
+    with Front.answering(lambda *_: (429, {}, b"too many")) as front:
+        world = make_world(f"localhost:{front.port}", connect_args={"timeout": 0.3})
+        with pytest.raises(sa.exc.OperationalError, match=r"429: too many.*busy for longer than 0\.3 s") as caught:
+            world.connection(increment)
+    assert isinstance(caught.value.orig, libsql.BusyError)
+
+
 def forwarding(sqld: Sqld, **change: Any) -> Callable[[str, dict[str, str], bytes], Answer]:
     """Answers as the server does, with some fields changed."""
     import httpx  # noqa: PLC0415 - for this alone
