@@ -178,7 +178,7 @@ def named(dialect: Name, names: Sequence[str]) -> Parameters:
 
 def raw_rows(rows: Iterable[Row]) -> Parameters:
     """The parameter of `delete_rows` and `lease_rows`: rows just as they were fetched as bytes, in canonical form."""
-    return {"rows": _json([[value.decode() for value in row] for row in rows])}
+    return {"rows": _json([(workflow.decode(), timer.decode(), instant.decode()) for workflow, timer, instant in rows])}
 
 
 def at(now: datetime | None) -> Parameters:

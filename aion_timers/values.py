@@ -201,6 +201,7 @@ _put_timer_id: Final = TimerEntry.__dict__["timer_id"].__set__
 _put_fire_at: Final = TimerEntry.__dict__["fire_at"].__set__
 _put_stored: Final = TimerEntry.__dict__["_stored"].__set__
 _new_entry: Final = object.__new__
+_new_uuid: Final = UUID.__new__
 
 
 def utc(argument: str, value: datetime, *, up: bool = True) -> datetime:
@@ -300,9 +301,16 @@ def encode_as_of(as_of: datetime) -> str:
 
 def decode_workflow_id(text: str) -> UUID:
     """The inverse of `encode_workflow_id`; raises `NotCanonicalError` for any other text."""
-    if text.encode(errors="replace").translate(_HEX_DIGITS) != _UUID:
-        raise NotCanonicalError(text)
-    return UUID(text[1:-1])
+    return _decode_workflow_id(text.encode(errors="replace"))
+
+
+def _decode_workflow_id(stored: bytes) -> UUID:
+    if stored.translate(_HEX_DIGITS) != _UUID:
+        raise NotCanonicalError(stored)
+    # as a pickled one is made, in a third of the time of reading the text again
+    made = _new_uuid(UUID)
+    made.__setstate__({"int": int(stored[1:-1].replace(b"-", b""), 16)})  # type: ignore[attr-defined] # typeshed leaves it out
+    return made
 
 
 def decode_timer_id(text: str) -> TimerId:
@@ -332,7 +340,11 @@ _decode_short_timer_id: Final = lru_cache(maxsize=1024)(_decode_timer_id)
 
 def decode_instant(text: str) -> datetime:
     """The first microsecond that is not before the stored instant; raises `NotCanonicalError` for any other text."""
-    if text.encode(errors="replace").translate(_DIGITS) != _INSTANT or text[11:13] > "23":
+    return _decode_instant(text.encode(errors="replace"), text)
+
+
+def _decode_instant(stored: bytes, text: str) -> datetime:
+    if stored.translate(_DIGITS) != _INSTANT or text[11:13] > "23":
         raise NotCanonicalError(text)
     try:
         instant = datetime.fromisoformat(text)
@@ -352,10 +364,10 @@ def decode_row(workflow_id: bytes, timer_id: bytes, fire_at: bytes) -> TimerEntr
     try:
         # decoded text is valid already; checking each row again would double the cost of a read
         made = _new_entry(TimerEntry)
-        _put_workflow_id(made, decode_workflow_id(workflow_id.decode()))
+        _put_workflow_id(made, _decode_workflow_id(workflow_id))
         _put_timer_id(made, decode_timer_id(timer_id.decode()))
         stored = fire_at.decode()
-        _put_fire_at(made, decode_instant(stored))
+        _put_fire_at(made, _decode_instant(fire_at, stored))
         _put_stored(made, None if stored.endswith("000Z") else stored)
     except (UnicodeDecodeError, AttributeError) as error:
         raise NotCanonicalError((workflow_id, timer_id, fire_at)) from error
