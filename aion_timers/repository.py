@@ -181,6 +181,7 @@ def _report(row: tuple[Any, ...]) -> None:
 def _upserted(
     dialect: Name, statement: Executable, parameters: Parameters, many: Sequence[TimerEntry], if_exists: IfExists
 ) -> Operation[CursorResult[Any]]:
+    """Run an upsert of these timers; name the foreign row that stopped it, if one did."""
     try:
         return (yield statement, parameters)
     except IntegrityError as error:

@@ -130,7 +130,7 @@ def entries(dialect: Name, many: Iterable[TimerEntry], if_exists: IfExists) -> P
         ((encode(timer.workflow_id), encode_timer_id(timer.timer_id)), encode_instant(timer.fire_at)) for timer in many
     ]
     rows = dict(written)
-    if len(rows) < len(written) and if_exists != "replace":
+    if len(rows) < len(written):
         rows.clear()
         for place, instant in written:
             if place not in rows or _moves(if_exists, rows[place], instant):

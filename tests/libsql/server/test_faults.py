@@ -372,17 +372,23 @@ def test_a_server_that_takes_no_more_connections_is_asked_again(
 ) -> None:
     through, refused = forwarding(sqld), []
 
+    def both(connection: sa.Connection) -> None:
+        for number in (1, 2):
+            connection.exec_driver_sql(f"UPDATE items SET n = n + 1 WHERE id = {number}")
+        connection.commit()
+
     def answer(path: str, headers: dict[str, str], body: bytes) -> Answer:
-        # as a new connection, and as the first statement of a transaction
-        if len(refused) in (0, 1) or (len(refused) in (2, 3) and b"UPDATE" in body):
+        # as a new connection, as the first statement of a transaction, and within one
+        awaited = [b"", b"", b"id = 1", b"id = 1", b"id = 2", b"id = 2"]
+        if len(refused) < len(awaited) and awaited[len(refused)] in body:
             refused.append(body)
             return 429, {}, b"Timed out while opening database connection"
         return through(path, headers, body)
 
     with Front.answering(answer) as front:
         world = make_world(f"localhost:{front.port}/{database.url.database}")
-        world.connection(increment)
-    assert len(refused) == 4
+        world.connection(both)
+    assert len(refused) == 6
     assert value(database) == 1
 
 
