@@ -124,13 +124,13 @@ def entry(dialect: Name, timer: TimerEntry) -> Parameters:
 
 def entries(dialect: Name, many: Iterable[TimerEntry], if_exists: IfExists) -> Parameters:
     """The parameters of many timers to write: one row a key, as if they were written in the order given."""
-    # digits alone, which PostgreSQL reads too, take less time than the usual text
-    encode = _hex if dialect == POSTGRESQL else encode_workflow_id
+    encode = _workflow_encoder(dialect)
     written = [
         ((encode(timer.workflow_id), encode_timer_id(timer.timer_id)), encode_instant(timer.fire_at)) for timer in many
     ]
     rows = dict(written)
     if len(rows) < len(written):
+        # which is rare: some have the same key
         rows.clear()
         for place, instant in written:
             if place not in rows or _moves(if_exists, rows[place], instant):
@@ -140,6 +140,11 @@ def entries(dialect: Name, many: Iterable[TimerEntry], if_exists: IfExists) -> P
         return {"rows": _json(ordered)}
     workflows, ids, instants = zip(*ordered, strict=True)
     return {"workflows": "\n".join(workflows), "timers": "\n".join(ids), "instants": "\n".join(instants)}
+
+
+def _workflow_encoder(dialect: Name) -> Callable[[UUID], str]:
+    # digits alone, which PostgreSQL reads too, take less time than the usual text
+    return _hex if dialect == POSTGRESQL else encode_workflow_id
 
 
 def _moves(if_exists: IfExists, old: str, new: str) -> bool:
@@ -928,10 +933,8 @@ _MOST_ATTEMPTS: Final = 2**31 - 1  # what PostgreSQL's column takes
 
 def keys(dialect: Name, many: Iterable[tuple[UUID, TimerId]]) -> Parameters:
     """The parameters that name many timers."""
-    rows = sorted(
-        (workflow_id.hex if dialect == POSTGRESQL else encode_workflow_id(workflow_id), encode_timer_id(timer_id))
-        for workflow_id, timer_id in many
-    )
+    encode = _workflow_encoder(dialect)
+    rows = sorted((encode(workflow_id), encode_timer_id(timer_id)) for workflow_id, timer_id in many)
     if dialect == SQLITE:
         return {"rows": _json(rows)}
     workflows, ids = zip(*rows, strict=True)

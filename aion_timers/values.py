@@ -200,8 +200,7 @@ _put_workflow_id: Final = TimerEntry.__dict__["workflow_id"].__set__
 _put_timer_id: Final = TimerEntry.__dict__["timer_id"].__set__
 _put_fire_at: Final = TimerEntry.__dict__["fire_at"].__set__
 _put_stored: Final = TimerEntry.__dict__["_stored"].__set__
-_new_entry: Final = object.__new__
-_new_uuid: Final = UUID.__new__
+_new: Final = object.__new__
 
 
 def utc(argument: str, value: datetime, *, up: bool = True) -> datetime:
@@ -308,7 +307,7 @@ def _decode_workflow_id(stored: bytes) -> UUID:
     if stored.translate(_HEX_DIGITS) != _UUID:
         raise NotCanonicalError(stored)
     # as a pickled one is made, in a third of the time of reading the text again
-    made = _new_uuid(UUID)
+    made = _new(UUID)
     made.__setstate__({"int": int(stored[1:-1].replace(b"-", b""), 16)})  # type: ignore[attr-defined] # typeshed leaves it out
     return made
 
@@ -363,7 +362,7 @@ def decode_row(workflow_id: bytes, timer_id: bytes, fire_at: bytes) -> TimerEntr
     """
     try:
         # decoded text is valid already; checking each row again would double the cost of a read
-        made = _new_entry(TimerEntry)
+        made = _new(TimerEntry)
         _put_workflow_id(made, _decode_workflow_id(workflow_id))
         _put_timer_id(made, decode_timer_id(timer_id.decode()))
         stored = fire_at.decode()
@@ -380,7 +379,7 @@ def decode_columns(workflow_id: UUID, timer_id: str, fire_at: datetime) -> Timer
     Raises:
         NotCanonicalError: the timer id is not exactly what `encode_timer_id` writes.
     """
-    made = _new_entry(TimerEntry)
+    made = _new(TimerEntry)
     _put_workflow_id(made, workflow_id)
     _put_timer_id(made, _decode_short_timer_id(timer_id) if len(timer_id) <= _SHORT else _decode_timer_id(timer_id))
     _put_fire_at(made, _EPOCH + (fire_at - _NAIVE_EPOCH))

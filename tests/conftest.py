@@ -26,9 +26,9 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from aion_timers import migrate, prepare_sqlite
 
+from .forkserver import PACKAGES
 from .sqld import Sqld
 from .store import ASYNC_DRIVERS, BACKENDS, SERVERS, Store
-from .warm import PACKAGES
 
 pytest_plugins = ["aion_timers.testing.pytest_plugin", "pytester"]
 

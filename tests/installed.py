@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.warm import Program, starter
+from tests.forkserver import Program, fork_server
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,7 +38,7 @@ class Environment:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("AION_", "PYTHON"))}
         path = f"{self.bin}{os.pathsep}{os.environ['PATH']}"
         program = command[1:] if command[0] == "python" else [str(self.bin / command[0]), *command[1:]]
-        return starter(self.python).start(program, cwd, inherited | {"PATH": path} | variables)
+        return fork_server(self.python).start(program, cwd, inherited | {"PATH": path} | variables)
 
 
 def made_once(factory: pytest.TempPathFactory) -> Environment:

@@ -67,7 +67,7 @@ class ProgrammingError(DatabaseError):
 
 
 class BusyError(OperationalError):
-    """Another connection held the lock for longer than ``timeout``."""
+    """Another connection held the lock, or a server took no requests, for longer than ``timeout``."""
 
 
 class DisconnectError(OperationalError):

@@ -16,7 +16,7 @@ from sqlalchemy import URL, Engine, create_engine
 from aion_timers import prepare_sqlite
 from aion_timers.cli.app import run
 from tests.conftest import Databases
-from tests.warm import Program, starter
+from tests.forkserver import Program, fork_server
 
 VARIABLES = ("AION_TIMERS_URL", "AION_TIMERS_TRACEBACK")
 
@@ -71,7 +71,7 @@ MAIN = "import aion_timers.cli as cli; cli.main()"
 
 def start(*arguments: object, cwd: Path, code: str = MAIN, **variables: str) -> Program:
     """The command line as a program of its own."""
-    return starter().start(["-c", code, *map(str, arguments)], cwd, environment(**variables))
+    return fork_server().start(["-c", code, *map(str, arguments)], cwd, environment(**variables))
 
 
 def start_with_pipes(*arguments: object, cwd: Path) -> subprocess.Popen[str]:

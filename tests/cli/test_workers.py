@@ -17,7 +17,7 @@ from sqlalchemy import URL, Engine
 from aion_timers import TimerEntry, TimerRepository
 from tests.cli.conftest import Cli, NewUrl, start, start_with_pipes
 from tests.cli.conftest import text as shown
-from tests.warm import Program
+from tests.forkserver import Program
 
 EngineOf = Callable[[URL], Engine]
 NOW = datetime(2020, 1, 1, tzinfo=UTC)

@@ -16,8 +16,7 @@ from aion_timers import ForeignRowError, InvalidInputError, Timer, TimerEntry
 from tests.conftest import DATA
 from tests.store import SERVERS, Store
 
-FILES = ("libsql", "aiolibsql", "sqlite", "aiosqlite")
-pytestmark = pytest.mark.parametrize("backend", [*FILES, *SERVERS], indirect=True)
+pytestmark = pytest.mark.parametrize("backend", ["libsql", "aiolibsql", "sqlite", "aiosqlite", *SERVERS], indirect=True)
 
 NOW = datetime(2026, 6, 3, 2, 30, tzinfo=UTC)
 ALPHA = UUID("6f9619ff-8b86-d011-b42d-00cf4fc964ff")

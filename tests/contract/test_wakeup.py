@@ -26,8 +26,8 @@ from aion_timers import wakeup
 from aion_timers.libsql import dbapi
 from aion_timers.wakeup import AsyncWakeup, Wakeup
 from tests.conftest import open_engine
+from tests.forkserver import fork_server
 from tests.store import ASYNC_DRIVERS, HEARING, SERVERS, Store
-from tests.warm import starter
 
 SOON = 30.0  # seconds that nobody waits for, unless something is broken
 NEVER = 0.2  # seconds in which something that must not happen would have
@@ -215,7 +215,7 @@ def test_rings_for_another_process(store: Store, url: URL) -> None:
     )
     with listening(store.engine) as waiter:
         shown = sync.render_as_string(hide_password=False)
-        other = starter().start(["-c", OTHER_PROCESS, shown, statement], Path.cwd(), os.environ)
+        other = fork_server().start(["-c", OTHER_PROCESS, shown, statement], Path.cwd(), os.environ)
         _, report = other.communicate(60)
         assert other.returncode == 0, report
         assert waiter.wait(SOON)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from examples import egg_timer
-from tests.warm import starter
+from tests.forkserver import fork_server
 
 
 def command(file: Path, *arguments: str) -> list[str]:
@@ -16,7 +16,7 @@ def command(file: Path, *arguments: str) -> list[str]:
 
 
 def run(file: Path, *arguments: str) -> str:
-    program = starter().start(command(file, *arguments), file.parent, os.environ)
+    program = fork_server().start(command(file, *arguments), file.parent, os.environ)
     out, report = program.communicate(60)
     assert (program.returncode, report) == (0, "")
     return out

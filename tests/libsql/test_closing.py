@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.warm import starter
+from tests.forkserver import fork_server
 
 # freed memory is filled with the byte that SQLite takes for an open database, so that a second close goes astray
 FILLED = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.perturb=118"}
@@ -53,7 +53,7 @@ def refused(work):
 
 
 def run(program: str, folder: Path) -> int | None:
-    started = starter(**FILLED).start(["-c", program, str(folder / "file.db")], folder, os.environ)
+    started = fork_server(**FILLED).start(["-c", program, str(folder / "file.db")], folder, os.environ)
     started.communicate(60)
     return started.returncode
 

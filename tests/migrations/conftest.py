@@ -15,8 +15,8 @@ from alembic.config import Config
 from sqlalchemy import URL, Connection, Engine, text
 
 from tests.conftest import Databases, _numbers, open_engine
+from tests.forkserver import Program, fork_server
 from tests.store import SERVERS
-from tests.warm import Program, starter
 
 ROOT = Path(__file__).parents[2]
 HEAD = "aion0002"
@@ -148,7 +148,7 @@ def start_alembic(*arguments: str, cwd: Path = ROOT, url: URL | None = None, **e
     """Start Alembic's command line in a process of its own."""
     x = [] if url is None else ["-x", f"url={url.render_as_string(hide_password=False)}"]
     inherited = {name: value for name, value in os.environ.items() if name != "AION_TIMERS_URL"}
-    return starter().start(["-m", "alembic", *x, *arguments], cwd, inherited | environment)
+    return fork_server().start(["-m", "alembic", *x, *arguments], cwd, inherited | environment)
 
 
 def alembic(

@@ -14,10 +14,10 @@ import pytest
 from sqlalchemy import Connection
 
 from aion_timers import migrate
+from tests.forkserver import Program
 from tests.installed import ROOT, Environment, made_once
 from tests.migrations.conftest import HEAD, Database, alembic
 from tests.migrations.test_command_line import run_script
-from tests.warm import Program
 
 AT_START, OWN_ALEMBIC, DEPLOYED = "migrate_at_start", "alembic_host", "deployed_shop"
 NOTHING_TO_DO = "No new upgrade operations detected.\n"

@@ -71,10 +71,10 @@ class Program:
             return file.read()
 
 
-class Starter:
+class ForkServer:
     """Starts programs of an interpreter, for which every warning is an error."""
 
-    def __init__(self, python: Path, variables: Mapping[str, str]) -> None:
+    def __init__(self, python: Path, variables: dict[str, str]) -> None:
         self._mutex = threading.Lock()
         self._control, theirs = socket.socketpair()
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -82,7 +82,7 @@ class Starter:
             self._process = subprocess.Popen(
                 [python, "-P", "-W", "error", __file__, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
-                env=inherited | dict(variables),
+                env=inherited | variables,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
@@ -105,9 +105,9 @@ class Starter:
 
 
 @cache
-def starter(python: Path = Path(sys.executable), **variables: str) -> Starter:
+def fork_server(python: Path = Path(sys.executable), **variables: str) -> ForkServer:
     """The one of an interpreter that was started with these variables, until this process ends."""
-    made = Starter(python, variables)
+    made = ForkServer(python, variables)
     atexit.register(made.close)
     return made
 
@@ -123,7 +123,7 @@ def wait_for_program(control: socket.socket) -> list[str]:
             raise SystemExit
         length = int(control.recv(8, socket.MSG_WAITALL))
         program, cwd, environment = json.loads(control.recv(length, socket.MSG_WAITALL))
-        if os.fork() == 0 and start(files):
+        if os.fork() == 0 and fork_program(files):
             control.close()
             os.chdir(cwd)
             os.environ.clear()
@@ -134,7 +134,7 @@ def wait_for_program(control: socket.socket) -> list[str]:
         control.sendall(b"+")
 
 
-def start(files: Sequence[int]) -> bool:
+def fork_program(files: Sequence[int]) -> bool:
     """Fork the program, return true in it, and tell how it ended."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     out, report, status = files
