@@ -309,10 +309,11 @@ def _cancel_workflow(dialect: Name, forget: Forget, workflow_id: UUID) -> Operat
     parameters = statements.workflow(dialect, workflow_id)
     if dialect == SQLITE:
         yield statements.lock(), {}
-        rows = (yield statements.list_workflow(dialect), parameters).all()
+        rows = _raw_rows((yield statements.list_workflow(dialect), parameters))
         ours = dict(_decoded(dialect, rows))
-        parameters = statements.raw_rows(ours)
-        gone = [ours[row] for row in (yield statements.delete_rows(held=True), parameters).all()] if ours else []
+        timers = {row[:2]: timer for row, timer in ours.items()}
+        back = _raw_rows((yield statements.delete_rows(held=True), statements.raw_rows(ours))) if ours else ()
+        gone = [timers[key] for key in back]
     else:
         gone = [timer for _, timer in _decoded(dialect, (yield statements.cancel_workflow(), parameters))]
     forget((timer.workflow_id, timer.timer_id) for timer in gone)
@@ -360,7 +361,7 @@ def _claim(dialect: Name, forget: Forget, due: _Due, lease: timedelta) -> Operat
     if dialect == SQLITE:
         statement = statements.lease_rows(clocked=due.now is not None)
         found = yield from _change_decoded(due, statement, {**parameters, **statements.at(due.now)})
-        claims = [Claim(timer, token, row[3]) for row, timer in found]
+        claims = [Claim(timer, token, row[2]) for row, timer in found]
     else:
         rows = _raw_rows((yield statements.claim(**due.flags()), {**due.parameters(dialect), **parameters}))
         claims = _claimed(dialect, statements.in_order(rows), token)
@@ -392,9 +393,9 @@ def _change_decoded(due: _Due, change: Executable, parameters: Parameters) -> Op
         back = {}
         if ours:
             given = statements.raw_rows(row for row, _ in ours)
-            back = {row[:3]: row for row in _raw_rows((yield change, {**parameters, **given}))}
+            back = {row[:2]: row for row in _raw_rows((yield change, {**parameters, **given}))}
         # outside a transaction another one may have had some of them meanwhile
-        changed += [(back[row], timer) for row, timer in ours if row in back]
+        changed += [(back[row[:2]], timer) for row, timer in ours if row[:2] in back]
         if len(changed) >= due.limit or len(rows) < fetch:
             return changed
         if not back:

@@ -26,6 +26,7 @@ from sqlalchemy import (
     ARRAY,
     BigInteger,
     ColumnElement,
+    CompoundSelect,
     Delete,
     Dialect,
     Executable,
@@ -37,9 +38,11 @@ from sqlalchemy import (
     Text,
     Update,
     and_,
+    any_,
     bindparam,
     case,
     cast,
+    column,
     delete,
     false,
     func,
@@ -91,10 +94,16 @@ CHANNEL: Final = "aion_timers_"
 
 _KEY: Final = (timers.c.workflow_id, timers.c.timer_id)
 _ORDER: Final = (timers.c.fire_at, *_KEY)
+# on the SQLite family, of rows that are known to hold text
+_KEY_BYTES: Final = [type_coerce(cast(part, LargeBinary), NullType()) for part in _KEY]
 _EARLIEST: Final = "0001-01-01T00:00:00.000000000Z"
 _RAW: Final = NullType()
 _TIMESTAMP: Final = postgresql.TIMESTAMP(timezone=True)
 _LOOKED_AT: Final = 64
+# of what the SQLite family stores
+_WORKFLOW_LENGTH: Final = 38
+_INSTANT_LENGTH: Final = 30
+_TOKEN_LENGTH: Final = 36
 _hex: Final[Callable[[UUID], str]] = attrgetter("hex")
 _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
@@ -137,7 +146,7 @@ def entries(dialect: Name, many: Iterable[TimerEntry], if_exists: IfExists) -> P
                 rows[place] = instant
     ordered = sorted([(*place, instant) for place, instant in rows.items()])
     if dialect == SQLITE:
-        return {"rows": _json(ordered)}
+        return {"rows": _json([workflow + instant + timer for workflow, timer, instant in ordered])}
     workflows, ids, instants = zip(*ordered, strict=True)
     return {"workflows": "\n".join(workflows), "timers": "\n".join(ids), "instants": "\n".join(instants)}
 
@@ -183,7 +192,7 @@ def named(dialect: Name, names: Sequence[str]) -> Parameters:
 
 def raw_rows(rows: Iterable[Row]) -> Parameters:
     """The parameter of `delete_rows` and `lease_rows`: rows just as they were fetched as bytes, in canonical form."""
-    return {"rows": _json([(workflow.decode(), timer.decode(), instant.decode()) for workflow, timer, instant in rows])}
+    return {"rows": _json([(workflow + instant + timer).decode() for workflow, timer, instant in rows])}
 
 
 def at(now: datetime | None) -> Parameters:
@@ -212,7 +221,7 @@ def claims(dialect: Name, many: Sequence[Claim]) -> Parameters:
     ids = [encode_timer_id(claim.timer.timer_id) for claim in many]
     if dialect == SQLITE:
         workflows = [encode_workflow_id(claim.timer.workflow_id) for claim in many]
-        return {"rows": _json(list(zip(workflows, ids, _tokens(many), strict=True)))}
+        return {"rows": _json(list(map("".join, zip(workflows, _tokens(many), ids, strict=True))))}
     hexes = [claim.timer.workflow_id.hex for claim in many]
     return {"workflows": "\n".join(hexes), "timers": "\n".join(ids), "tokens": "\n".join(_tokens(many))}
 
@@ -453,6 +462,7 @@ def _insert(dialect: Name) -> sqlite.Insert | postgresql.Insert:
 
 
 _TABLE: Final = _sql("timers.tableoid")
+_CTID: Final[ColumnElement[Any]] = column("ctid", _RAW)
 
 
 @cache
@@ -478,7 +488,7 @@ def schedule_many(dialect: Name, if_exists: IfExists, *, clocked: bool = False, 
 
     With ``notify``, PostgreSQL tells its listeners once or not at all, and says in a row how many rows changed.
     """
-    source = _given_rows() if dialect == SQLITE else _given_arrays()
+    source = _given_rows(_INSTANT_LENGTH) if dialect == SQLITE else _given_arrays()
     insert = _insert(dialect).from_select(["workflow_id", "timer_id", "fire_at"], source, include_defaults=False)
     upsert = _upsert(dialect, if_exists, insert, clocked=clocked)
     if notify and dialect == POSTGRESQL:
@@ -524,15 +534,24 @@ def _tell(instant: ColumnElement[Any], table: ColumnElement[Any], *, clocked: bo
     )
 
 
-def _rows_given() -> list[ColumnElement[Any]]:
-    """The three columns of the JSON parameter, which a statement selects from."""
+def _given_rows(length: int) -> Select[*tuple[Any, ...]]:
+    """The rows of the JSON parameter: workflow id, timer id, and a text of this length.
+
+    Each is a single string, the timer id at its end: to take three values out of an array within an array costs the
+    database more than all else that it does with the parameter.
+    """
     row = func.json_each(bindparam("rows", type_=Text())).table_valued("value").c.value
-    return [func.json_extract(row, _sql(f"'$[{place}]'"), type_=Text()) for place in range(3)]
+    rest = _WORKFLOW_LENGTH + 1
+    places = (f"1, {_WORKFLOW_LENGTH}", f"{rest + length}", f"{rest}, {length}")
+    # WHERE tells SQLite's parser that an ON after it is an upsert's, not a join's
+    return select(*(func.substr(row, _sql(place), type_=Text()) for place in places)).where(true())
 
 
-def _given_rows() -> Select[*tuple[Any, ...]]:
-    # WHERE tells SQLite's parser that the ON after it is the upsert's, not a join's
-    return select(*_rows_given()).where(true())
+def _is_in_rows(length: int, third: ColumnElement[Any] | None = None) -> ColumnElement[bool]:
+    """Whether a row has a key that the JSON parameter names and, if there is a third column, the same value there."""
+    columns = _KEY if third is None else (*_KEY, third)
+    given = _given_rows(length)
+    return tuple_(*columns).in_(given.with_only_columns(*given.selected_columns[: len(columns)]))
 
 
 def _lines(
@@ -564,7 +583,7 @@ def _given_arrays() -> Select[*tuple[Any, ...]]:
 @cache
 def foreign_among() -> Select[*tuple[Any, ...]]:
     """Which rows of the SQLite family stand under keys of `entries`, and cannot be moved: their instant is foreign."""
-    return select(*_fetched(SQLITE)).where(tuple_(*_KEY).in_(select(*_rows_given()[:2])), _foreign_instant())
+    return select(*_fetched(SQLITE)).where(_is_in_rows(_INSTANT_LENGTH), _foreign_instant())
 
 
 @cache
@@ -655,10 +674,13 @@ def lock() -> Executable:
 
 @cache
 def delete_rows(*, clocked: bool = False, held: bool = False) -> ReturningDelete[*tuple[Any, ...]]:
-    """Delete on the SQLite family the rows of `raw_rows` that are still the same; held ones, too, if it is said."""
-    same = tuple_(*_KEY, timers.c.fire_at).in_(select(*_rows_given()))
+    """Delete on the SQLite family the rows of `raw_rows` that are still the same, and return their keys.
+
+    Held ones are left, unless it is said.
+    """
+    same = _is_in_rows(_INSTANT_LENGTH, timers.c.fire_at)
     free = true() if held else _free(SQLITE, clocked=clocked)
-    return delete(timers).where(same, free).returning(*_fetched(SQLITE))
+    return delete(timers).where(same, free).returning(*_KEY_BYTES)
 
 
 @cache
@@ -670,11 +692,10 @@ def cancel_workflow() -> ReturningDelete[*tuple[Any, ...]]:
 
 
 @cache
-def take(*, at_clock: bool, clocked: bool, with_names: bool) -> ReturningDelete[*tuple[Any, ...]]:
+def take(*, at_clock: bool, clocked: bool, with_names: bool) -> CompoundSelect[*tuple[Any, ...]]:
     """Delete on PostgreSQL the first due timers that nobody holds or has locked, and return them, in no order."""
-    mine = _free_and_due(POSTGRESQL, _KEY, at_clock=at_clock, clocked=clocked, with_names=with_names)
-    keys = _looked_up(_locked(mine.with_for_update(skip_locked=True)))
-    return delete(timers).where(_is_in(keys)).returning(*_fetched(POSTGRESQL))
+    mine = _free_and_due(POSTGRESQL, (*_KEY, _CTID), at_clock=at_clock, clocked=clocked, with_names=with_names)
+    return _changed(delete(timers), mine, *_fetched(POSTGRESQL))
 
 
 def _locked(mine: Select[*tuple[Any, ...]], name: str = "mine") -> CTE:
@@ -690,12 +711,39 @@ def _is_in(mine: CTE | TableValuedAlias) -> ColumnElement[bool]:
     )
 
 
+def _changed(
+    change: Delete | Update, mine: Select[*tuple[Any, ...]], *returned: ColumnElement[Any]
+) -> CompoundSelect[*tuple[Any, ...]]:
+    """Lock these rows, except those that others have locked, and change them."""
+    locked = _locked(mine.with_for_update(skip_locked=True))
+    most = change.where(_lies_where(locked)).returning(*returned).cte("most")
+    key = [locked.c[part.key] for part in _KEY]
+    moved = select(*key).where(*_is_missing(key, locked, most)).cte("moved")
+    rest = change.where(_is_in(_looked_up(moved))).returning(*returned).cte("rest")
+    return select(*most.c).union_all(select(*rest.c))
+
+
+def _lies_where(locked: CTE) -> ColumnElement[bool]:
+    """Whether a row lies where one of these was locked: as quick as an index is not, a fifth of the server's time.
+
+    One that moved since the statement began is not found, since the statement does not see it where it lies now.
+    """
+    return any_(func.array(select(locked.c.ctid).scalar_subquery())) == _CTID
+
+
+def _is_missing(key: Sequence[ColumnElement[Any]], of: CTE, among: CTE) -> list[ColumnElement[bool]]:
+    """Which keys are not among others; told at once if there are as many here as there."""
+    # a count and a hashed set, since the planner takes what was changed for a row, and would compare each with each
+    here, there = (select(func.count()).select_from(table).scalar_subquery() for table in (of, among))
+    return [there < here, tuple_(*key).not_in(select(*(among.c[part.key] for part in _KEY)))]
+
+
 def _looked_up(mine: CTE) -> TableValuedAlias:
     """The same keys, to be looked up in the table one by one."""
     # the planner takes arrays that it cannot see for short ones; of the limit it would see how many keys there may be,
     # and for some hundred it would rather read a table of ten thousand rows
-    arrays = (func.array(select(mine.c[column.key]).scalar_subquery()) for column in _KEY)
-    return func.unnest(*arrays).table_valued(*(column.key for column in _KEY)).render_derived()
+    arrays = (func.array(select(mine.c[part.key]).scalar_subquery()) for part in _KEY)
+    return func.unnest(*arrays).table_valued(*(part.key for part in _KEY)).render_derived()
 
 
 # -- leases -----------------------------------------------------------------------------------------------------------
@@ -710,27 +758,25 @@ def _lease(dialect: Name, *, clocked: bool) -> dict[str, Any]:
 
 
 @cache
-def claim(*, at_clock: bool, clocked: bool, with_names: bool) -> ReturningUpdate[*tuple[Any, ...]]:
+def claim(*, at_clock: bool, clocked: bool, with_names: bool) -> CompoundSelect[*tuple[Any, ...]]:
     """Lease on PostgreSQL the first due timers that nobody holds or has locked, and return them, in no order."""
-    mine = _free_and_due(POSTGRESQL, _KEY, at_clock=at_clock, clocked=clocked, with_names=with_names)
-    keys = _looked_up(_locked(mine.with_for_update(skip_locked=True)))
-    return (
-        update(timers)
-        .values(_lease(POSTGRESQL, clocked=clocked))
-        .where(_is_in(keys))
-        .returning(*_fetched(POSTGRESQL), type_coerce(timers.c.attempts, _RAW))
-    )
+    mine = _free_and_due(POSTGRESQL, (*_KEY, _CTID), at_clock=at_clock, clocked=clocked, with_names=with_names)
+    lease = update(timers).values(_lease(POSTGRESQL, clocked=clocked))
+    return _changed(lease, mine, *_fetched(POSTGRESQL), type_coerce(timers.c.attempts, _RAW))
 
 
 @cache
 def lease_rows(*, clocked: bool) -> ReturningUpdate[*tuple[Any, ...]]:
-    """Lease on the SQLite family the rows of `raw_rows` that are still the same and that nobody holds; return them."""
-    same = tuple_(*_KEY, timers.c.fire_at).in_(select(*_rows_given()))
+    """Lease on the SQLite family the rows of `raw_rows` that are still the same and that nobody holds.
+
+    It returns their keys, and how often each was claimed.
+    """
+    same = _is_in_rows(_INSTANT_LENGTH, timers.c.fire_at)
     return (
         update(timers)
         .values(_lease(SQLITE, clocked=clocked))
         .where(same, _free(SQLITE, clocked=clocked))
-        .returning(*_fetched(SQLITE), type_coerce(timers.c.attempts, _RAW))
+        .returning(*_KEY_BYTES, type_coerce(timers.c.attempts, _RAW))
     )
 
 
@@ -753,8 +799,8 @@ def settle(dialect: Name, how: Settle, *, moved: bool = False, clocked: bool = F
     """Settle the claims of `claims`. The rows, for `unsettled`, name those that were; on PostgreSQL the others."""
     change = _settling(how, dialect, moved=moved, clocked=clocked)
     if dialect == SQLITE:
-        alive = tuple_(*_KEY, timers.c.lease_token).in_(select(*_rows_given()))
-        return change.where(alive).returning(*_fetched(SQLITE)[:2])
+        alive = _is_in_rows(_TOKEN_LENGTH, timers.c.lease_token)
+        return change.where(alive).returning(*_KEY_BYTES)
     lines = _lines("place", workflow=postgresql.UUID(), timer=Text(), token=postgresql.UUID())
     given = select(*lines.c).cte("given")
 
@@ -765,21 +811,17 @@ def settle(dialect: Name, how: Settle, *, moved: bool = False, clocked: bool = F
             type_coerce(table.c.lease_token, _RAW) == given.c.token,
         )
 
-    mine = _locked(
-        select(*_KEY, given.c.place).where(holds(timers)).order_by(*_KEY).with_for_update(of=timers, skip_locked=True)
-    )
     # locked before the clock is looked at: an update that waits would set a time that is over
-    done = change.where(_is_in(mine)).returning(mine.c.place).cte("done")
-    before = timers.alias("before")
-    # a count and a hashed set, since the planner takes `done` for one row and would compare each claim with each; the
-    # table is read again only if something is missing
-    missing = select(func.count()).select_from(done).scalar_subquery() < (
-        select(func.count()).select_from(given).scalar_subquery()
+    mine = _locked(
+        select(*_KEY, _CTID).where(holds(timers)).order_by(*_KEY).with_for_update(of=timers, skip_locked=True)
     )
+    # one that was moved meanwhile is as good as locked
+    done = change.where(_lies_where(mine)).returning(*(type_coerce(part, _RAW) for part in _KEY)).cte("done")
+    before = timers.alias("before")
     return (
         select(given.c.place, type_coerce(before.c.lease_token, _RAW).is_not(None))
         .select_from(given.outerjoin(before, holds(before)))
-        .where(missing, given.c.place.not_in(select(done.c.place)))
+        .where(*_is_missing([given.c.workflow, given.c.timer], given, done))
     )
 
 
@@ -936,14 +978,14 @@ def keys(dialect: Name, many: Iterable[tuple[UUID, TimerId]]) -> Parameters:
     encode = _workflow_encoder(dialect)
     rows = sorted((encode(workflow_id), encode_timer_id(timer_id)) for workflow_id, timer_id in many)
     if dialect == SQLITE:
-        return {"rows": _json(rows)}
+        return {"rows": _json([workflow + timer for workflow, timer in rows])}
     workflows, ids = zip(*rows, strict=True)
     return {"workflows": "\n".join(workflows), "timers": "\n".join(ids)}
 
 
 def _has_given_key(dialect: Name) -> ColumnElement[bool]:
     if dialect == SQLITE:
-        return tuple_(*_KEY).in_(select(*_rows_given()[:2]))
+        return _is_in_rows(0)
     given = select(*_lines(workflow=postgresql.UUID(), timer=Text()).c).cte("given")
     return _is_in_keys(given)
 

@@ -41,6 +41,7 @@ OWN_CONNECTIONS: Final = 2
 
 _WRITE: Final = delete(Timer)
 _LONGEST_LEASE: Final = timedelta(days=366)
+_AT_ONCE: Final = timedelta(0)
 _CLOCK_IS_FRESH: Final = 1.0
 _BUSY_PAUSE: Final = 0.02
 _PLANS_LAST: Final = 2.0
@@ -675,7 +676,7 @@ class Books(Generic[D]):
             return
         empty = self._empty if turn.limit else 0
         longest = self.settings.max_sleep
-        past = self._past_millisecond(turn.ended) if self._is_local else timedelta(0)
+        past = self._past_millisecond(turn.ended) if self._is_local else _AT_ONCE
         seconds = pacing.nap(turn.wake, empty=empty, longest=longest, whole_milliseconds=self._is_sqlite, past=past)
         self._ask_at = turn.ended + seconds
         # after the longest sleep there need not be anything, and a question costs less than a claim
@@ -689,7 +690,7 @@ class Books(Generic[D]):
     def _take(self, turn: Turn[D]) -> list[D]:
         now = self._clock()
         until = turn.started + self.settings.lease.total_seconds()
-        made = [self._make(claim, max(timedelta(0), now - claim.timer.fire_at), until) for claim in turn.claims]
+        made = [self._make(claim, max(_AT_ONCE, now - claim.timer.fire_at), until) for claim in turn.claims]
         with self._lock:
             self._held.update(made)
         self._low = (self._waiting.qsize() + len(made)) // 2

@@ -7,6 +7,7 @@ import logging
 import threading
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from sqlalchemy.exc import DBAPIError
@@ -210,7 +211,7 @@ class Round:
         self._books: Books[AsyncDelivery] = Books(
             settings,
             routes,
-            lambda claim, late_by, until: AsyncDelivery(self, claim, late_by, until),
+            partial(AsyncDelivery, self),
             waiting=self._ready,
             nothing=asyncio.QueueEmpty,
             is_sqlite=self._is_sqlite,

@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from sqlalchemy import Engine
@@ -238,7 +239,7 @@ class Round:
         self._books: Books[Delivery] = Books(
             settings,
             routes,
-            lambda claim, late_by, until: Delivery(self, claim, late_by, until),
+            partial(Delivery, self),
             waiting=self._ready,
             nothing=queue.Empty,
             is_sqlite=self._is_sqlite,

@@ -7,16 +7,18 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import URL, event
+from sqlalchemy import URL, event, text
 
-from aion_timers import TimerEntry
+from aion_timers import Settlement, TimerEntry
 from tests.conftest import open_engine
+from tests.meeting import Elsewhere, assert_waits, elsewhere
 from tests.store import Store
 
 NOW = datetime(2026, 6, 3, 2, 30, tzinfo=UTC)
@@ -186,6 +188,61 @@ def test_a_timer_that_is_moved_while_take_looks_is_not_taken_early(backend: str,
 
     in_threads(backend, url, work)
     assert early == []
+
+
+@contextmanager
+def looking(backend: str, url: URL, store: Store) -> Iterator[Elsewhere]:
+    """Where statements of others stop until this is over, when they have chosen what they see and locked no row."""
+    store.sql("CREATE SCHEMA slow")
+    for function, returned in (("statement_timestamp()", "timestamptz"), ("string_to_array(text, text)", "text[]")):
+        value = f"pg_catalog.{function}".replace("text, text", "$1, $2")
+        body = f"BEGIN PERFORM pg_advisory_xact_lock_shared(1); RETURN {value}; END"
+        store.sql(f"CREATE FUNCTION slow.{function} RETURNS {returned} LANGUAGE plpgsql AS '{body}'")
+    path = "slow,public,pg_catalog"
+    named = {"server_settings": {"search_path": path}} if backend == "asyncpg" else {"options": f"-csearch_path={path}"}
+    with elsewhere(backend, url, connect_args=named) as other, store.connection() as connection:
+        connection.execute(text("SELECT pg_advisory_xact_lock(1)"))
+        yield other
+
+
+@pytest.mark.parametrize("backend", ["psycopg", "psycopg_async", "asyncpg"], indirect=True)
+@pytest.mark.parametrize("how", ["claim", "take"])
+def test_a_timer_that_is_moved_meanwhile_is_had_if_it_is_still_due(
+    backend: str, url: URL, store: Store, how: str
+) -> None:
+    later = NOW + timedelta(seconds=1)
+    with store.timers() as timers:
+        timers.schedule_many(TimerEntry(ALPHA, name, NOW) for name in ("stays", "moves", "goes", "is held"))
+    options = {"lease": timedelta(minutes=1)} if how == "claim" else {}
+    with looking(backend, url, store) as other:
+        found = other(lambda timers: getattr(timers, how)(limit=10, **options))
+        assert_waits(store, found)
+        with store.timers() as timers:
+            timers.claim(limit=1, names=["is held"], lease=timedelta(minutes=1))
+            timers.schedule(ALPHA, "moves", later)
+            timers.schedule(ALPHA, "goes", datetime(9000, 1, 1, tzinfo=UTC))
+    had = [one.timer if how == "claim" else one for one in found.result(10)]
+    assert [(timer.timer_id.value, timer.fire_at) for timer in had] == [("stays", NOW), ("moves", later)]
+
+
+@pytest.mark.parametrize("backend", ["psycopg", "psycopg_async", "asyncpg"], indirect=True)
+@pytest.mark.parametrize("how", ["complete", "release"])
+def test_a_claim_whose_timer_changes_meanwhile_is_busy_and_then_settled_or_lost(
+    backend: str, url: URL, store: Store, how: str
+) -> None:
+    lease = timedelta(minutes=1)
+    with store.timers() as timers:
+        timers.schedule_many(TimerEntry(ALPHA, name, NOW) for name in ("a", "b", "c"))
+        claims = timers.claim(limit=3, lease=lease)
+    with looking(backend, url, store) as other:
+        settled = other(lambda timers: getattr(timers, how)(*claims))
+        assert_waits(store, settled)
+        with store.timers() as timers:
+            timers.extend(claims[1], lease=lease)
+            timers.cancel(ALPHA, "c")
+    assert settled.result(10) == Settlement((claims[0],), tuple(claims[1:]), ())
+    with store.timers() as timers:
+        assert getattr(timers, how)(*claims[1:]) == Settlement((claims[1],), (), (claims[2],))
 
 
 def test_a_timer_that_becomes_due_in_a_long_transaction_is_seen_in_it(store: Store) -> None:
