@@ -353,12 +353,14 @@ class Move:
     Attributes:
         kind: a ``turn`` at the database, a ``wait``, or nothing any more.
         limit: in a turn, how many timers are claimed.
-        look: in a turn, whether only the next instant is asked for.
+        ask: in a turn, whether the next instant is asked for first, and a claim is only made if it has come.
+        look: in a turn, whether nothing else is done than to ask.
         seconds: how long to wait, if nothing rings.
     """
 
     kind: Literal["turn", "wait", "done"]
     limit: int = 0
+    ask: bool = False
     look: bool = False
     seconds: float = 0.0
 
@@ -430,6 +432,8 @@ class Books(Generic[D]):
         # when a claim is worth while (certain), or worth a question
         self._ask_at = 0.0
         self._certain = True
+        # the next instant has not been asked for since a claim that left nothing
+        self._unasked = False
         self._busy_until = 0.0
         self._failures = 0
         self._pause_until = 0.0
@@ -532,7 +536,7 @@ class Books(Generic[D]):
         if limit and ((due and self._certain) or (self.hint and not self._is_sqlite)):
             return Move("turn", limit)
         if (self._to_complete or self._to_release) and now >= self._busy_until:
-            return Move("turn")
+            return Move("turn", limit, ask=True) if limit and (due or self.hint or self._unasked) else Move("turn")
         # on a file a hint may be any commit, our own too, and a question takes no lock
         return Move("turn", look=True) if limit and (due or self.hint) else None
 
@@ -591,18 +595,20 @@ class Books(Generic[D]):
             yield from self._look_at_clock()
         settlements = yield from self._settle(completed, released)
         claims: Sequence[Claim] = ()
-        asked, wake = False, None
-        if move.limit:
-            options = {"limit": move.limit, "lease": self.settings.lease, "names": self.routes.names}
+        limit, asked, wake = move.limit, move.ask, None
+        if move.ask:
+            wake = yield Call("next_wake", (self.routes.names,))
+            limit = move.limit if wake is not None and wake <= _AT_ONCE else 0
+        if limit:
+            options = {"limit": limit, "lease": self.settings.lease, "names": self.routes.names}
             started = time.monotonic()
             claims = yield Call("claim", (self._as_of,), options)
             yield from self._refuse_adopted()
-            asked = len(claims) < move.limit and not self.once
+            # what was claimed is handed over before the next instant is asked for
+            asked = not claims and not self.once
             if asked:
                 wake = yield Call("next_wake", (self.routes.names,))
-        return Turn(
-            completed, released, settlements, claims, move.limit, started, time.monotonic(), asked=asked, wake=wake
-        )
+        return Turn(completed, released, settlements, claims, limit, started, time.monotonic(), asked=asked, wake=wake)
 
     def _refuse_adopted(self) -> Calls[None]:
         # after a claim, which says so if there is no table, and which is rolled back by the refusal
@@ -671,6 +677,10 @@ class Books(Generic[D]):
     def _pace(self, turn: Turn[D]) -> None:
         if turn.limit:
             self._empty = 0 if turn.claims else self._empty + 1
+        self._unasked = not turn.asked and len(turn.claims) < turn.limit
+        if self._unasked:
+            self._ask_at, self._certain = turn.ended + pacing.HANDED_OVER, False
+            return
         if not turn.asked:
             self._ask_at, self._certain = turn.ended, True
             return
