@@ -131,24 +131,23 @@ def entry(dialect: Name, timer: TimerEntry) -> Parameters:
     return {**key(dialect, timer.workflow_id, timer.timer_id), "instant": encode_instant(timer.fire_at)}
 
 
-def entries(dialect: Name, many: Iterable[TimerEntry], if_exists: IfExists) -> Parameters:
+def entries(dialect: Name, many: Sequence[TimerEntry], if_exists: IfExists) -> Parameters:
     """The parameters of many timers to write: one row a key, as if they were written in the order given."""
     encode = _workflow_encoder(dialect)
-    written = [
-        ((encode(timer.workflow_id), encode_timer_id(timer.timer_id)), encode_instant(timer.fire_at)) for timer in many
-    ]
-    rows = dict(written)
-    if len(rows) < len(written):
+    places = [(encode(timer.workflow_id), encode_timer_id(timer.timer_id)) for timer in many]
+    instants = [encode_instant(timer.fire_at) for timer in many]
+    rows = dict(zip(places, instants, strict=True))
+    if len(rows) < len(places):
         # which is rare: some have the same key
         rows.clear()
-        for place, instant in written:
+        for place, instant in zip(places, instants, strict=True):
             if place not in rows or _moves(if_exists, rows[place], instant):
                 rows[place] = instant
-    ordered = sorted([(*place, instant) for place, instant in rows.items()])
+    ordered = [(workflow, timer, rows[workflow, timer]) for workflow, timer in sorted(rows)]
     if dialect == SQLITE:
         return {"rows": _json([workflow + instant + timer for workflow, timer, instant in ordered])}
-    workflows, ids, instants = zip(*ordered, strict=True)
-    return {"workflows": "\n".join(workflows), "timers": "\n".join(ids), "instants": "\n".join(instants)}
+    columns = ("\n".join(column) for column in zip(*ordered, strict=True))
+    return dict(zip(("workflows", "timers", "instants"), columns, strict=True))
 
 
 def _workflow_encoder(dialect: Name) -> Callable[[UUID], str]:

@@ -280,7 +280,7 @@ class Settlement:
 def encode_workflow_id(workflow_id: UUID) -> str:
     """The UUID as JSON text, quotes included."""
     # two thirds of the time of the UUID's own text
-    digits = workflow_id.bytes.hex()
+    digits = workflow_id.int.to_bytes(16).hex()
     return f'"{digits[:8]}-{digits[8:12]}-{digits[12:16]}-{digits[16:20]}-{digits[20:]}"'
 
 
