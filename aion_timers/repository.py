@@ -313,7 +313,7 @@ def _cancel_workflow(dialect: Name, forget: Forget, workflow_id: UUID) -> Operat
         ours = dict(_decoded(dialect, rows))
         timers = {row[:2]: timer for row, timer in ours.items()}
         back = _raw_rows((yield statements.delete_rows(held=True), statements.raw_rows(ours))) if ours else ()
-        gone = [timers[key] for key in back]
+        gone = [timers[row[:2]] for row in back]
     else:
         gone = [timer for _, timer in _decoded(dialect, (yield statements.cancel_workflow(), parameters))]
     forget((timer.workflow_id, timer.timer_id) for timer in gone)

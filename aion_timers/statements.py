@@ -461,7 +461,7 @@ def _insert(dialect: Name) -> sqlite.Insert | postgresql.Insert:
 
 
 _TABLE: Final = _sql("timers.tableoid")
-_CTID: Final[ColumnElement[Any]] = column("ctid", _RAW)
+_PLACE: Final[Sequence[ColumnElement[Any]]] = (column("tableoid", _RAW), column("ctid", _RAW))
 
 
 @cache
@@ -693,7 +693,7 @@ def cancel_workflow() -> ReturningDelete[*tuple[Any, ...]]:
 @cache
 def take(*, at_clock: bool, clocked: bool, with_names: bool) -> CompoundSelect[*tuple[Any, ...]]:
     """Delete on PostgreSQL the first due timers that nobody holds or has locked, and return them, in no order."""
-    mine = _free_and_due(POSTGRESQL, (*_KEY, _CTID), at_clock=at_clock, clocked=clocked, with_names=with_names)
+    mine = _free_and_due(POSTGRESQL, (*_KEY, *_PLACE), at_clock=at_clock, clocked=clocked, with_names=with_names)
     return _changed(delete(timers), mine, *_fetched(POSTGRESQL))
 
 
@@ -725,9 +725,13 @@ def _changed(
 def _lies_where(locked: CTE) -> ColumnElement[bool]:
     """Whether a row lies where one of these was locked: as quick as an index is not, a fifth of the server's time.
 
-    One that moved since the statement began is not found, since the statement does not see it where it lies now.
+    One that moved since the statement began is not found, since the statement does not see it where it lies now; of
+    tables that inherit from this one, which have places of their own, only the rows of one are.
     """
-    return any_(func.array(select(locked.c.ctid).scalar_subquery())) == _CTID
+    table, ctid = _PLACE
+    first = select(func.min(locked.c.tableoid)).scalar_subquery()
+    places = select(locked.c.ctid).where(locked.c.tableoid == first).scalar_subquery()
+    return and_(any_(func.array(places)) == ctid, table == first)
 
 
 def _is_missing(key: Sequence[ColumnElement[Any]], of: CTE, among: CTE) -> list[ColumnElement[bool]]:
@@ -759,7 +763,7 @@ def _lease(dialect: Name, *, clocked: bool) -> dict[str, Any]:
 @cache
 def claim(*, at_clock: bool, clocked: bool, with_names: bool) -> CompoundSelect[*tuple[Any, ...]]:
     """Lease on PostgreSQL the first due timers that nobody holds or has locked, and return them, in no order."""
-    mine = _free_and_due(POSTGRESQL, (*_KEY, _CTID), at_clock=at_clock, clocked=clocked, with_names=with_names)
+    mine = _free_and_due(POSTGRESQL, (*_KEY, *_PLACE), at_clock=at_clock, clocked=clocked, with_names=with_names)
     lease = update(timers).values(_lease(POSTGRESQL, clocked=clocked))
     return _changed(lease, mine, *_fetched(POSTGRESQL), type_coerce(timers.c.attempts, _RAW))
 
@@ -812,7 +816,7 @@ def settle(dialect: Name, how: Settle, *, moved: bool = False, clocked: bool = F
 
     # locked before the clock is looked at: an update that waits would set a time that is over
     mine = _locked(
-        select(*_KEY, _CTID).where(holds(timers)).order_by(*_KEY).with_for_update(of=timers, skip_locked=True)
+        select(*_KEY, *_PLACE).where(holds(timers)).order_by(*_KEY).with_for_update(of=timers, skip_locked=True)
     )
     # one that was moved meanwhile is as good as locked
     done = change.where(_lies_where(mine)).returning(*(type_coerce(part, _RAW) for part in _KEY)).cte("done")

@@ -41,7 +41,7 @@ OWN_CONNECTIONS: Final = 2
 
 _WRITE: Final = delete(Timer)
 _LONGEST_LEASE: Final = timedelta(days=366)
-_AT_ONCE: Final = timedelta(0)
+_NO_TIME: Final = timedelta(0)
 _CLOCK_IS_FRESH: Final = 1.0
 _BUSY_PAUSE: Final = 0.02
 _PLANS_LAST: Final = 2.0
@@ -503,7 +503,7 @@ class Books(Generic[D]):
     def _delay(self, delivery: D, error: BaseException) -> timedelta | None:
         try:
             delay = self.settings.retry(delivery, error)
-            if delay is None or (isinstance(delay, timedelta) and delay >= timedelta(0)):
+            if delay is None or (isinstance(delay, timedelta) and delay >= _NO_TIME):
                 return delay
         except Exception:  # noqa: BLE001 - the default is as good
             _log.exception("retry failed, so the default decides: %r", delivery, extra=_extra(delivery))
@@ -536,7 +536,7 @@ class Books(Generic[D]):
         if limit and ((due and self._certain) or (self.hint and not self._is_sqlite)):
             return Move("turn", limit)
         if (self._to_complete or self._to_release) and now >= self._busy_until:
-            return Move("turn", limit, ask=True) if limit and (due or self.hint or self._unasked) else Move("turn")
+            return Move("turn", limit, ask=True) if limit and (due or self._unasked) else Move("turn")
         # on a file a hint may be any commit, our own too, and a question takes no lock
         return Move("turn", look=True) if limit and (due or self.hint) else None
 
@@ -598,7 +598,7 @@ class Books(Generic[D]):
         limit, asked, wake = move.limit, move.ask, None
         if move.ask:
             wake = yield Call("next_wake", (self.routes.names,))
-            limit = move.limit if wake is not None and wake <= _AT_ONCE else 0
+            limit = move.limit if wake is not None and wake <= _NO_TIME else 0
         if limit:
             options = {"limit": limit, "lease": self.settings.lease, "names": self.routes.names}
             started = time.monotonic()
@@ -686,7 +686,7 @@ class Books(Generic[D]):
             return
         empty = self._empty if turn.limit else 0
         longest = self.settings.max_sleep
-        past = self._past_millisecond(turn.ended) if self._is_local else _AT_ONCE
+        past = self._past_millisecond(turn.ended) if self._is_local else _NO_TIME
         seconds = pacing.nap(turn.wake, empty=empty, longest=longest, whole_milliseconds=self._is_sqlite, past=past)
         self._ask_at = turn.ended + seconds
         # after the longest sleep there need not be anything, and a question costs less than a claim
@@ -700,7 +700,7 @@ class Books(Generic[D]):
     def _take(self, turn: Turn[D]) -> list[D]:
         now = self._clock()
         until = turn.started + self.settings.lease.total_seconds()
-        made = [self._make(claim, max(_AT_ONCE, now - claim.timer.fire_at), until) for claim in turn.claims]
+        made = [self._make(claim, max(_NO_TIME, now - claim.timer.fire_at), until) for claim in turn.claims]
         with self._lock:
             self._held.update(made)
         self._low = (self._waiting.qsize() + len(made)) // 2

@@ -226,7 +226,7 @@ def test_a_timer_that_is_moved_meanwhile_is_had_if_it_is_still_due(
 
 
 @pytest.mark.parametrize("backend", ["psycopg", "psycopg_async", "asyncpg"], indirect=True)
-@pytest.mark.parametrize("how", ["complete", "release"])
+@pytest.mark.parametrize("how", ["complete", "release", "extend"])
 def test_a_claim_whose_timer_changes_meanwhile_is_busy_and_then_settled_or_lost(
     backend: str, url: URL, store: Store, how: str
 ) -> None:
@@ -234,15 +234,39 @@ def test_a_claim_whose_timer_changes_meanwhile_is_busy_and_then_settled_or_lost(
     with store.timers() as timers:
         timers.schedule_many(TimerEntry(ALPHA, name, NOW) for name in ("a", "b", "c"))
         claims = timers.claim(limit=3, lease=lease)
+    options = {"lease": lease} if how == "extend" else {}
     with looking(backend, url, store) as other:
-        settled = other(lambda timers: getattr(timers, how)(*claims))
+        settled = other(lambda timers: getattr(timers, how)(*claims, **options))
         assert_waits(store, settled)
         with store.timers() as timers:
             timers.extend(claims[1], lease=lease)
             timers.cancel(ALPHA, "c")
     assert settled.result(10) == Settlement((claims[0],), tuple(claims[1:]), ())
     with store.timers() as timers:
-        assert getattr(timers, how)(*claims[1:]) == Settlement((claims[1],), (), (claims[2],))
+        assert getattr(timers, how)(*claims[1:], **options) == Settlement((claims[1],), (), (claims[2],))
+
+
+@pytest.mark.parametrize("backend", ["psycopg"], indirect=True)
+@pytest.mark.parametrize("how", ["take", "complete"])
+def test_rows_of_a_table_that_inherits_are_not_mistaken_for_others(store: Store, how: str) -> None:
+    """The rows of each table lie at the same places in their own."""
+    with store.timers() as timers:
+        timers.schedule(ALPHA, "due", NOW)
+    store.sql("CREATE TABLE more () INHERITS (timers)")
+    for name, instant in (("later", "9000-01-01"), ("due, too", "2026-06-03 02:30:01Z")):
+        row = f"workflow_id, replace(timer_id, 'due', '{name}'), '{instant}'"
+        store.sql(f"INSERT INTO more SELECT {row} FROM ONLY timers")
+    with store.timers() as timers:
+        if how == "take":
+            had = timers.take(limit=10)
+        else:
+            claims = timers.claim(limit=10, lease=timedelta(minutes=1))
+            had = [claim.timer for claim in claims]
+            first = timers.complete(*claims)
+            assert (len(first.done), len(first.busy)) == (1, 1)
+            assert timers.complete(*first.busy).done == first.busy
+        assert [timer.timer_id.value for timer in had] == ["due", "due, too"]
+        assert [timer.timer_id.value for timer in timers.list_workflow(ALPHA)] == ["later"]
 
 
 def test_a_timer_that_becomes_due_in_a_long_transaction_is_seen_in_it(store: Store) -> None:

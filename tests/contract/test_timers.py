@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
@@ -196,6 +197,21 @@ def test_cancel_says_whether_there_was_a_timer(store: Store) -> None:
         assert timers.cancel(ALPHA, "a") is True
         assert timers.cancel(ALPHA, "a") is False
         assert ids(timers.list_workflow(ALPHA)) == ["b"]
+
+
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+def test_a_host_may_have_rows_of_a_kind_of_its_own(store: Store) -> None:
+    @event.listens_for(store.engine, "connect")
+    def rows(connection: sqlite3.Connection, _: object) -> None:
+        connection.row_factory = sqlite3.Row
+
+    store.engine.dispose()
+    with store.timers() as timers:
+        timers.schedule_many(TimerEntry(ALPHA, name, NOW) for name in ("a", "b", "c", "d"))
+        claims = timers.claim(limit=1, lease=timedelta(minutes=1))
+        assert timers.complete(*claims).done == tuple(claims)
+        assert [timer.timer_id.value for timer in timers.take(limit=1)] == ["b"]
+        assert timers.cancel_workflow(ALPHA) == 2
 
 
 def test_cancel_workflow_says_how_many_there_were(store: Store) -> None:
