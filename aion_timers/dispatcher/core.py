@@ -679,7 +679,7 @@ class Books(Generic[D]):
             self._empty = 0 if turn.claims else self._empty + 1
         self._unasked = not turn.asked and len(turn.claims) < turn.limit
         if self._unasked:
-            self._ask_at, self._certain = turn.ended + pacing.HANDED_OVER, False
+            self._ask_at, self._certain = turn.ended + pacing.HANDOVER, False
             return
         if not turn.asked:
             self._ask_at, self._certain = turn.ended, True

@@ -22,7 +22,7 @@ STUCK: Final = 0.1
 CONFIRM_TRIES: Final = 10
 YIELD: Final = 0.001
 """Seconds that a loop leaves a file to others between two transactions."""
-HANDED_OVER: Final = 0.001
+HANDOVER: Final = 0.001
 """Seconds that handlers have to come to their end before the next instant is asked for: then it takes one transaction
 to settle and to ask."""
 LONG: Final = 3600.0

@@ -18,7 +18,7 @@ from sqlalchemy import URL, event, text
 
 from aion_timers import Settlement, TimerEntry
 from tests.conftest import open_engine
-from tests.meeting import Elsewhere, assert_waits, elsewhere
+from tests.meeting import FUTURE, POSTGRES, Elsewhere, assert_waits, elsewhere
 from tests.store import Store
 
 NOW = datetime(2026, 6, 3, 2, 30, tzinfo=UTC)
@@ -147,7 +147,7 @@ def test_a_timer_that_is_cancelled_meanwhile_is_scheduled_anew(
         assert timers.get(ALPHA, "a") is not None
 
 
-@pytest.mark.parametrize("backend", ["psycopg", "psycopg_async", "asyncpg"], indirect=True)
+@pytest.mark.parametrize("backend", POSTGRES, indirect=True)
 def test_take_passes_over_rows_that_another_transaction_has_locked(backend: str, url: URL, store: Store) -> None:
     with store.timers() as timers:
         timers.schedule_many(TimerEntry(ALPHA, number, NOW + timedelta(seconds=number)) for number in range(4))
@@ -168,7 +168,7 @@ def test_take_passes_over_rows_that_another_transaction_has_locked(backend: str,
     assert found == [2, 3]
 
 
-@pytest.mark.parametrize("backend", ["psycopg", "psycopg_async", "asyncpg"], indirect=True)
+@pytest.mark.parametrize("backend", POSTGRES, indirect=True)
 def test_a_timer_that_is_moved_while_take_looks_is_not_taken_early(backend: str, url: URL, store: Store) -> None:
     with store.timers() as timers:
         timers.schedule_many(TimerEntry(ALPHA, number, NOW) for number in range(50))
@@ -205,7 +205,7 @@ def looking(backend: str, url: URL, store: Store) -> Iterator[Elsewhere]:
         yield other
 
 
-@pytest.mark.parametrize("backend", ["psycopg", "psycopg_async", "asyncpg"], indirect=True)
+@pytest.mark.parametrize("backend", POSTGRES, indirect=True)
 @pytest.mark.parametrize("how", ["claim", "take"])
 def test_a_timer_that_is_moved_meanwhile_is_had_if_it_is_still_due(
     backend: str, url: URL, store: Store, how: str
@@ -220,12 +220,12 @@ def test_a_timer_that_is_moved_meanwhile_is_had_if_it_is_still_due(
         with store.timers() as timers:
             timers.claim(limit=1, names=["is held"], lease=timedelta(minutes=1))
             timers.schedule(ALPHA, "moves", later)
-            timers.schedule(ALPHA, "goes", datetime(9000, 1, 1, tzinfo=UTC))
+            timers.schedule(ALPHA, "goes", FUTURE)
     had = [one.timer if how == "claim" else one for one in found.result(10)]
     assert [(timer.timer_id.value, timer.fire_at) for timer in had] == [("stays", NOW), ("moves", later)]
 
 
-@pytest.mark.parametrize("backend", ["psycopg", "psycopg_async", "asyncpg"], indirect=True)
+@pytest.mark.parametrize("backend", POSTGRES, indirect=True)
 @pytest.mark.parametrize("how", ["complete", "release", "extend"])
 def test_a_claim_whose_timer_changes_meanwhile_is_busy_and_then_settled_or_lost(
     backend: str, url: URL, store: Store, how: str
