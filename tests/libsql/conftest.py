@@ -120,9 +120,11 @@ class SyncWorld:
         with Session(self.engine.execution_options(**options)) as session:
             return body(session)
 
-    def close(self) -> None:
-        """Dispose of the engine."""
+    def dispose(self) -> None:
+        """Dispose of the engine's connections."""
         self.engine.dispose()
+
+    close = dispose
 
 
 class AsyncWorld:
@@ -154,9 +156,13 @@ class AsyncWorld:
 
         return self.runner.run(run())
 
-    def close(self) -> None:
-        """Dispose of the engine."""
+    def dispose(self) -> None:
+        """Dispose of the engine's connections."""
         self.runner.run(self.engine.dispose())
+
+    def close(self) -> None:
+        """Dispose of the engine, and end the event loop."""
+        self.dispose()
         self.runner.close()
 
 

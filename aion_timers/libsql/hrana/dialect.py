@@ -10,9 +10,10 @@ from sqlalchemy.dialects.sqlite.base import SQLiteDialect
 from aion_timers.libsql.hrana import dbapi as server_dbapi
 from aion_timers.libsql.hrana.address import is_loopback
 from aion_timers.libsql.sound import SoundDialect, url_level, url_seconds
+from aion_timers.libsql.transaction import Level
 
 if TYPE_CHECKING:
-    from sqlalchemy.engine import URL, Engine
+    from sqlalchemy.engine import URL, Connection, Engine
     from sqlalchemy.engine.interfaces import ConnectArgsType
 
 _TIMES: Final = ("timeout", "connect_timeout", "read_timeout", "request_timeout")
@@ -73,6 +74,15 @@ class ServerDialect(SoundDialect, SQLiteDialect):
                 " that is meant"
             )
         return [_address(url, secure=secure)], options
+
+    def _get_server_version_info(self, connection: Connection) -> tuple[int, ...]:
+        # not in a transaction, whose end would have the HTTP connection when the application's first one wants it
+        own: Any = connection.connection.dbapi_connection
+        level, own.isolation_level = own.isolation_level, Level.AUTOCOMMIT.value
+        try:
+            return super()._get_server_version_info(connection)
+        finally:
+            own.isolation_level = level
 
     def _get_default_schema_name(self, connection: Any) -> str:  # noqa: ANN401, ARG002 - SQLAlchemy's
         return "main"

@@ -13,13 +13,13 @@ import asyncio
 import os
 import threading
 import time
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, suppress
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 try:
     import httpcore
@@ -77,6 +77,7 @@ class Settings:
         return {"limits": limits, "verify": self.ssl_context or _usual_context(), "proxy": self.proxy}
 
 
+_MOST_BEFORE_FORK: Final = 1.0  # seconds
 _IDLE: Final = 30.0  # seconds: what lies between may have forgotten a connection that was silent for longer
 
 
@@ -117,11 +118,17 @@ class Exchange(Protocol):
             UnsentError: it has not.
         """
 
+    def tell(self, url: str, body: bytes) -> None:
+        """Send a request and don't wait for its answer, whatever that is.
+
+        There is one at a time: it waits for the answer to the one before.
+        """
+
     def sleep(self, seconds: float) -> None:
         """Wait."""
 
     def close(self) -> None:
-        """Let go of the HTTP connections, and close them if nobody else uses them."""
+        """Let go of the HTTP connections, and close them if nobody else uses them; what was told is answered before."""
 
     def drop(self) -> None:
         """The same where nothing can be awaited."""
@@ -174,6 +181,7 @@ _mutex = threading.Lock()
 _sync: dict[Settings, _Shared] = {}
 # an async transport belongs to the event loop that it was made in
 _async: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Settings, _Shared]] = WeakKeyDictionary()
+_telling: WeakSet[threading.Thread] = WeakSet()
 
 
 def _take(transports: MutableMapping[Settings, _Shared], settings: Settings, make: Any) -> _Shared:  # noqa: ANN401 - a class
@@ -194,6 +202,14 @@ def _give_back(transports: MutableMapping[Settings, _Shared], settings: Settings
     return shared.users == 0
 
 
+def _before_fork() -> None:
+    # a child has but one thread, so a lock that another one holds at this moment is held in it for ever
+    with _mutex:
+        threads = list(_telling)
+    for thread in threads:
+        thread.join(_MOST_BEFORE_FORK)
+
+
 def _after_fork() -> None:
     """In a child: the transports, and perhaps the mutex, are the parent's."""
     global _mutex  # noqa: PLW0603 - a thread of the parent may have held it
@@ -201,10 +217,11 @@ def _after_fork() -> None:
     # not closed: that would end TLS on connections that the parent goes on using
     _sync.clear()
     _async.clear()
+    _telling.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
 
 
 # -- sync --------------------------------------------------------------------------------------------------------------
@@ -218,6 +235,7 @@ class SyncExchange:
         self._requests = _Requests(settings, headers)
         self._process = os.getpid()
         self._shared: _Shared | None = _take(_sync, settings, httpx.HTTPTransport)
+        self._telling: threading.Thread | None = None
 
     def _transport(self) -> httpx.HTTPTransport:
         if self._shared is None or self._process != os.getpid():
@@ -228,12 +246,39 @@ class SyncExchange:
 
     def post(self, url: str, body: bytes) -> Reply:
         """Send a request; the total timeout is looked at whenever something comes."""
+        return self._post(self._transport(), url, body)
+
+    def _post(self, transport: httpx.HTTPTransport, url: str, body: bytes) -> Reply:
         deadline = time.monotonic() + self._settings.request_timeout
         try:
-            with closing(self._transport().handle_request(self._requests.post(url, body))) as response:
+            with closing(transport.handle_request(self._requests.post(url, body))) as response:
                 return _reply(response, b"".join(_until(deadline, response.iter_bytes())))
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
             raise _why(error, self._settings) from error
+
+    def tell(self, url: str, body: bytes) -> None:
+        """Send a request in a thread that ends with its answer."""
+        self._wait()
+        transport = self._transport()
+
+        def send() -> None:
+            with suppress(UnsentError, UnansweredError):
+                self._post(transport, url, body)
+
+        thread = threading.Thread(target=send, name="aion_timers.libsql", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # an interpreter that ends begins no thread
+            send()
+            return
+        self._telling = thread
+        with _mutex:
+            _telling.add(thread)
+
+    def _wait(self) -> None:
+        thread, self._telling = self._telling, None
+        if thread is not None:
+            thread.join()
 
     def sleep(self, seconds: float) -> None:
         """Wait."""
@@ -241,13 +286,14 @@ class SyncExchange:
 
     def close(self) -> None:
         """Let go of the HTTP connections, and close them if nobody else uses them."""
+        self._wait()
+        self.drop()
+
+    def drop(self) -> None:
+        """The same without waiting."""
         shared, self._shared = self._shared, None
         if shared is not None and self._process == os.getpid() and _give_back(_sync, self._settings, shared):
             shared.transport.close()
-
-    def drop(self) -> None:
-        """The same."""
-        self.close()
 
 
 def _until(deadline: float, chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -281,6 +327,7 @@ class AsyncExchange:
         self._requests = _Requests(settings, headers)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._shared: _Shared | None = None
+        self._telling: asyncio.Task[None] | None = None
 
     def _transport(self) -> httpx.AsyncHTTPTransport:
         loop = asyncio.get_running_loop()
@@ -293,17 +340,34 @@ class AsyncExchange:
 
     def post(self, url: str, body: bytes) -> Reply:
         """Send a request."""
-        reply: Reply = self._await(self._post(url, body))
+        reply: Reply = self._await(self._post(self._transport(), url, body))
         return reply
 
-    async def _post(self, url: str, body: bytes) -> Reply:
+    async def _post(self, transport: httpx.AsyncHTTPTransport, url: str, body: bytes) -> Reply:
         try:
             async with asyncio.timeout(self._settings.request_timeout):
-                response = await self._transport().handle_async_request(self._requests.post(url, body))
+                response = await transport.handle_async_request(self._requests.post(url, body))
                 async with aclosing(response):
                     return _reply(response, await response.aread())
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
             raise _why(error, self._settings) from error
+
+    def tell(self, url: str, body: bytes) -> None:
+        """Send a request in a task that ends with its answer."""
+        self._wait()
+        transport = self._transport()
+
+        async def send() -> None:
+            with suppress(UnsentError, UnansweredError):
+                await self._post(transport, url, body)
+
+        self._telling = asyncio.get_running_loop().create_task(send())
+
+    def _wait(self) -> None:
+        task, self._telling = self._telling, None
+        # one of another loop has ended with that
+        if task is not None and task.get_loop() is asyncio.get_running_loop():
+            self._await(asyncio.wait([task]))
 
     def sleep(self, seconds: float) -> None:
         """Wait."""
@@ -311,6 +375,7 @@ class AsyncExchange:
 
     def close(self) -> None:
         """Let go of the HTTP connections, and close them if nobody else uses them."""
+        self._wait()
         if shared := self._leave():
             self._await(shared.transport.aclose())
 

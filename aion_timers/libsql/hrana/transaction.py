@@ -1,7 +1,8 @@
 """Transactions on a server: the three levels that a file has, in as few round trips as there can be.
 
-BEGIN travels with the first statement, and the stream is closed together with COMMIT or ROLLBACK. At level AUTOCOMMIT
-a statement is one round trip, the stream's beginning and end included.
+BEGIN travels with the first statement, and the stream is closed together with COMMIT or ROLLBACK. Nobody waits for the
+end of a transaction that has only read, unless that is cheaper. So a read is one round trip, the stream's beginning and
+end included, as any statement is at level AUTOCOMMIT.
 
 A transaction that has only read and finds that it can't write is begun again under the write lock, together with its
 reads. If these give the same rows it goes on; else it ends with ``SnapshotError``, as one on a file does.
@@ -344,32 +345,37 @@ class Transaction:
 
     def commit(self) -> None:
         """Commit; whatever fails rolls back."""
-        state, stream = self.state, self.stream
+        state = self.state
         if state is State.LOST:
             self.rollback()
             raise OperationalError("nothing was committed: the transaction was rolled back after an error before")
         try:
-            if stream.is_open:
-                ran = self._run([], [protocol.statement("COMMIT")], close=True)
-                if ran.error is not None:
-                    raise ran.error
-        except LostError as error:
+            if error := self._finish("COMMIT"):
+                raise error
+        except LostError as lost:
             if state is State.WRITING:
-                raise _unknown(error) from error
+                raise _unknown(lost) from lost
             raise
         finally:
             self._end()
 
     def rollback(self) -> None:
         """Roll back; without a transaction it does nothing. What the server has lost is rolled back there, too."""
-        stream = self.stream
         try:
-            if stream.is_open:
-                self._run([], [protocol.statement("ROLLBACK")], close=True)
+            self._finish("ROLLBACK")
         except OperationalError:
             pass
         finally:
             self._end()
+
+    def _finish(self, sql: str) -> Error | None:
+        """End what the server holds, with this statement; the error of that."""
+        stream = self.stream
+        if self.state is State.READING and not stream.is_to_stay:
+            stream.leave(wait=False)
+        elif stream.is_open:
+            return self._run([], [protocol.statement(sql)], close=True).error
+        return None
 
     def close(self, *, quietly: bool = False) -> None:
         """Roll back and let go of the HTTP connections; a second call does nothing.
@@ -407,7 +413,7 @@ class Transaction:
             return
         move_savepoint(self._savepoints, statement.kind, statement.name)
         if self._by_savepoint and not self._savepoints:
-            self.stream.leave()
+            self.stream.leave(wait=False)
             self._end()
 
     # -- requests ----------------------------------------------------------------------------------

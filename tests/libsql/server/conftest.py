@@ -1,6 +1,7 @@
+import threading
 from collections.abc import Callable, Iterator
 from itertools import count
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import sqlalchemy as sa
@@ -8,7 +9,7 @@ from sqlalchemy import URL
 
 from aion_timers.libsql.hrana import dbapi
 from tests.libsql.conftest import AsyncWorld, Base, Item, SyncWorld, World
-from tests.proxy import Proxy
+from tests.proxy import Mood, Proxy
 from tests.sqld import Sqld
 
 _numbers = count()
@@ -69,6 +70,40 @@ def proxy(sqld: Sqld) -> Iterator[Proxy]:
     """A proxy before the server."""
     with Proxy.started(sqld.port) as made:
         yield made
+
+
+FAR = 0.01  # seconds that make a server one that is far away
+
+
+def is_end(request: bytes) -> bool:
+    """Whether a request does nothing but close a stream, with the transaction in it."""
+    # a connection that is made asks for as much, but in no stream
+    return request.endswith(b'"requests":[{"type":"close"}]}') and b'"baton":null' not in request
+
+
+class HeldEnds:
+    """Within it the requests that end a transaction which has only read go no further than the proxy."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.sent = 0
+        self.others = 0
+        self._proxy = proxy
+        self._let_go = threading.Event()
+
+    def __enter__(self) -> Self:
+        self._proxy.meddle = self._meddle
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._let_go.set()
+
+    def _meddle(self, request: bytes) -> Mood:
+        if is_end(request):
+            self.sent += 1
+            self._let_go.wait()
+        else:
+            self.others += 1
+        return Mood.HELP
 
 
 @pytest.fixture(params=[SyncWorld, AsyncWorld], ids=["sync", "async"])

@@ -18,7 +18,7 @@ from aion_timers.libsql.hrana import dbapi
 from tests.libsql.conftest import Item, World
 from tests.proxy import Proxy
 
-from .conftest import ServerDatabase
+from .conftest import FAR, HeldEnds, ServerDatabase
 
 MakeWorld = Callable[..., World]
 
@@ -249,17 +249,19 @@ def test_returns_rows_and_rowcount(world: World) -> None:
 def test_executemany_is_one_round_trip(make_world: MakeWorld, database: ServerDatabase, proxy: Proxy) -> None:
     world = make_world(database.behind(proxy))
 
+    world.connection(lambda _: None)
+
     def body(connection: sa.Connection) -> int:
-        before = proxy.requests
         result = connection.execute(
             sa.text("INSERT INTO items (id, n) VALUES (:id, :n)"), [{"id": 10 + one, "n": one} for one in range(400)]
         )
-        assert proxy.requests - before == 1
+        assert ends.others == 1
         connection.commit()
-        assert proxy.requests - before == 2
+        assert ends.others == 2
         return result.rowcount
 
-    assert world.connection(body) == 400
+    with HeldEnds(proxy) as ends:
+        assert world.connection(body) == 400
     assert database.run("SELECT count(*), sum(n) FROM items WHERE id >= 10") == [(400, sum(range(400)))]
 
 
@@ -407,8 +409,11 @@ def test_a_server_is_not_synchronized(database: ServerDatabase) -> None:
     [
         ("AUTOCOMMIT", ["SELECT 1"], [1, 0]),
         ("AUTOCOMMIT", ["UPDATE items SET n = 1", "SELECT 1"], [1, 1, 0]),
-        ("SERIALIZABLE", ["SELECT 1", "SELECT 2"], [1, 1, 1]),
+        ("AUTOCOMMIT", ["SAVEPOINT a", "UPDATE items SET n = 1", "RELEASE a"], [1, 1, 1, 0]),
+        ("SERIALIZABLE", ["SELECT 1"], [1, 0]),
+        ("SERIALIZABLE", ["SELECT 1", "SELECT 2"], [1, 1, 0]),
         ("SERIALIZABLE", ["UPDATE items SET n = 1"], [1, 1]),
+        ("SERIALIZABLE", ["SELECT 1", "UPDATE items SET n = 1"], [1, 1, 1]),
         ("SERIALIZABLE", ["SAVEPOINT a", "UPDATE items SET n = 1", "RELEASE a"], [0, 1, 1, 1]),
         ("SERIALIZABLE", ["SAVEPOINT a", "RELEASE a"], [0, 0, 0]),
         ("IMMEDIATE", ["SELECT 1"], [1, 1]),
@@ -424,18 +429,21 @@ def test_round_trips(
     statements: list[str],
     trips: list[int],
 ) -> None:
+    proxy.delay = FAR
     world = make_world(database.behind(proxy))
 
     def body(connection: sa.Connection) -> list[int]:
-        counts = [proxy.requests]
+        counts = [ends.others]
         for sql in statements:
             connection.exec_driver_sql(sql)
-            counts.append(proxy.requests)
+            counts.append(ends.others)
         connection.commit()
-        counts.append(proxy.requests)
+        counts.append(ends.others)
         return [after - before for before, after in pairwise(counts)]
 
-    assert world.connection(body, isolation_level=level) == trips
+    world.connection(lambda _: None)
+    with HeldEnds(proxy) as ends:
+        assert world.connection(body, isolation_level=level) == trips
 
 
 def test_http_connections_are_reused_and_closed(make_world: MakeWorld, database: ServerDatabase, proxy: Proxy) -> None:

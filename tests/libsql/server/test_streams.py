@@ -1,7 +1,9 @@
 """How long a stream lives: one that serves several transactions must not show in any of them."""
 
 import json
+import math
 import ssl
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,15 +12,19 @@ import pytest
 import sqlalchemy as sa
 
 from aion_timers import libsql
-from aion_timers.libsql.hrana import network
+from aion_timers.libsql.hrana import network, stream
 from tests.libsql.conftest import AsyncWorld, World
 from tests.proxy import Answer, Front, Mood, Proxy
 from tests.sqld import Sqld
 
-from .conftest import ServerDatabase
+from .conftest import FAR, HeldEnds, ServerDatabase, is_end
 from .test_faults import CERTIFICATE, MakeWorld, forwarding, increment, value
 
 PAUSE = 0.3  # seconds: longer than what lies between two transactions that follow each other
+
+
+def read(connection: sa.Connection) -> Any:
+    return connection.exec_driver_sql("SELECT n FROM items WHERE id = 1").scalar()
 
 
 class Watched:
@@ -26,6 +32,7 @@ class Watched:
 
     def __init__(self, world: World, proxy: Proxy) -> None:
         self.world = world
+        self.proxy = proxy
         self.requests: list[bytes] = []
         proxy.meddle = self._read
 
@@ -50,7 +57,7 @@ def watched(make_world: MakeWorld, database: ServerDatabase, proxy: Proxy) -> Wa
     world = make_world(database.behind(proxy), pool_size=1, max_overflow=0)
     world.connection(lambda _: None)
     time.sleep(PAUSE)
-    world.connection(lambda connection: connection.exec_driver_sql("SELECT 1").all())
+    world.connection(read, isolation_level="AUTOCOMMIT")
     return Watched(world, proxy)
 
 
@@ -191,6 +198,164 @@ def test_a_commit_has_been_one_wherever_the_stream_shall_go_on(
     assert value(database) == 2
 
 
+# -- the end of a transaction that has only read -----------------------------------------------------------------------
+
+
+def test_nobody_waits_for_the_end_of_a_transaction_that_has_only_read(
+    make_world: MakeWorld, database: ServerDatabase, proxy: Proxy
+) -> None:
+    proxy.delay = FAR
+    world = make_world(database.behind(proxy), pool_size=1, max_overflow=0)
+    world.connection(increment)
+    with HeldEnds(proxy) as ends:
+        assert world.connection(read) == 1
+        # the connection goes on while the end before has no answer yet
+        world.connection(increment)
+        assert ends.others == 3
+    world.dispose()
+    # that one, and the one of the stream in which the writes were
+    assert ends.sent == 2
+    assert value(database) == 2
+
+
+def test_one_end_at_a_time_is_on_its_way(make_world: MakeWorld, database: ServerDatabase, proxy: Proxy) -> None:
+    proxy.delay = FAR
+    world = make_world(database.behind(proxy), connect_args={"read_timeout": 1}, pool_size=1, max_overflow=0)
+    world.connection(increment)
+    ends = []
+
+    def meddle(request: bytes) -> Mood:
+        if not is_end(request):
+            return Mood.HELP
+        ends.append(time.monotonic())
+        return Mood.SWALLOW
+
+    proxy.meddle = meddle
+    for _ in range(3):
+        # what became of the end before is nothing to them
+        assert world.connection(read) == 1
+    world.dispose()
+    first, second, third = ends
+    assert second - first > 0.5
+    assert third - second > 0.5
+
+
+def test_ends_that_nobody_waits_for_leave_no_stream_behind(
+    make_world: MakeWorld, database: ServerDatabase, proxy: Proxy
+) -> None:
+    proxy.delay = FAR
+    watched = Watched(make_world(database.behind(proxy), pool_size=1, max_overflow=0), proxy)
+    for _ in range(20):
+        watched.world.connection(read)
+    watched.world.dispose()
+    assert watched.begun == watched.closed
+
+
+def test_reads_that_follow_each_other_on_a_near_server_share_a_stream(
+    monkeypatch: pytest.MonkeyPatch, watched: Watched
+) -> None:
+    # what a round trip takes on this machine is not what is tested
+    monkeypatch.setattr(stream, "_NEAR", math.inf)
+    time.sleep(PAUSE)
+    for _ in range(10):
+        assert watched.world.connection(read) == 0
+    # that of the first one, that of the others; a machine that stands still for a moment makes another one necessary
+    assert 2 <= watched.begun <= 4
+
+
+def test_nobody_waits_for_the_end_of_a_transaction_alone_that_has_only_read(watched: Watched) -> None:
+    time.sleep(PAUSE)
+    with HeldEnds(watched.proxy) as ends:
+        watched.world.connection(read)
+        assert ends.others == 1
+    watched.world.dispose()
+    assert ends.sent == 1
+
+
+def test_a_read_is_good_whatever_becomes_of_its_end(make_world: MakeWorld) -> None:
+    with Sqld.started() as server:
+        database = ServerDatabase(server.create("own"))
+        database.run("CREATE TABLE items (id INTEGER PRIMARY KEY, n INTEGER)")
+        world = make_world(database.address, pool_size=1, max_overflow=0)
+        world.connection(read)
+        time.sleep(PAUSE)
+
+        def read_the_last(connection: sa.Connection) -> None:
+            assert read(connection) is None
+            server.kill()
+            connection.commit()
+
+        world.connection(read_the_last)
+        with pytest.raises(sa.exc.OperationalError, match="can't be reached"):
+            world.connection(read)
+        server.restart()
+        assert world.connection(read) is None
+
+
+def test_an_end_is_sent_where_no_thread_can_begin(monkeypatch: pytest.MonkeyPatch, watched: Watched) -> None:
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "aion_timers.libsql":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    time.sleep(PAUSE)
+    watched.world.connection(read)
+    watched.world.dispose()
+    assert watched.begun == watched.closed == 1
+
+
+def test_a_fork_waits_for_the_end_that_is_on_its_way(run_python: Any, proxy: Proxy, database: ServerDatabase) -> None:
+    proxy.delay = 0.2
+    code = f"""
+import os, time
+import aion_timers, sqlalchemy as sa
+engine = sa.create_engine("sqlite+libsql://{database.behind(proxy)}")
+def read():
+    with engine.connect() as connection:
+        connection.exec_driver_sql("SELECT 1").all()
+    return time.monotonic()
+ended = read()
+child = os.fork()
+if child == 0:
+    import warnings
+    warnings.simplefilter("ignore", ResourceWarning)  # it drops its parent's sockets
+    read()
+    os._exit(0)
+forked = time.monotonic()
+assert forked - ended > 0.1, forked - ended
+assert os.waitpid(child, 0)[1] == 0
+read()
+engine.dispose()
+"""
+    run_python(code)
+
+
+def test_an_end_on_its_way_does_not_stop_the_exit(run_python: Any, proxy: Proxy, database: ServerDatabase) -> None:
+    proxy.delay = FAR
+    proxy.meddle = lambda request: Mood.SWALLOW if is_end(request) else Mood.HELP
+    code = f"""
+import asyncio, warnings
+warnings.simplefilter("ignore", ResourceWarning)  # nothing is closed
+import aion_timers, sqlalchemy as sa
+from sqlalchemy.ext.asyncio import create_async_engine
+engine = sa.create_engine("sqlite+libsql://{database.behind(proxy)}")
+with engine.connect() as connection:
+    connection.exec_driver_sql("SELECT 1").all()
+async def run():
+    engine = create_async_engine("sqlite+aiolibsql://{database.behind(proxy)}")
+    async with engine.connect() as connection:
+        (await connection.exec_driver_sql("SELECT 1")).all()
+asyncio.run(run())
+"""
+    start = time.monotonic()
+    assert run_python(code) == ""
+    # the server would be waited for for 30 seconds
+    assert time.monotonic() - start < 25
+
+
 # -- the way to the server ---------------------------------------------------------------------------------------------
 
 
@@ -234,8 +399,8 @@ def test_async_engines_go_by_the_streams_of_asyncio(monkeypatch: pytest.MonkeyPa
 
     async def connect_tcp(backend: object, host: str, *arguments: Any, **options: Any) -> network.AsyncioStream:
         hosts.append(host)
-        stream: network.AsyncioStream = await connect(backend, host, *arguments, **options)
-        return stream
+        made: network.AsyncioStream = await connect(backend, host, *arguments, **options)
+        return made
 
     monkeypatch.setattr(network.AsyncioBackend, "connect_tcp", connect_tcp)
     world = AsyncWorld(database.address)
