@@ -153,8 +153,11 @@ _KINDS = {
     "RELEASE": Kind.RELEASE,
 }
 
+_BLANK = r"(?:\s|--[^\n]*\n|/\*.*?\*/)"
+_NAME = r"""(?:\w+|"(?:[^"]|"")*"|`(?:[^`]|``)*`|\[[^\]]*\]|'(?:[^']|'')*')"""
 _PRAGMA = re.compile(
-    r"""PRAGMA\s+ (?:(?:\w+|"[^"]*")\s*\.\s*)? "?(?P<name>\w+)"? \s*(?P<argument>[=(]?)""", re.VERBOSE | re.IGNORECASE
+    rf"PRAGMA{_BLANK}+(?:{_NAME}{_BLANK}*\.{_BLANK}*)?(?P<name>{_NAME}){_BLANK}*(?P<argument>[=(]?)",
+    re.IGNORECASE | re.DOTALL,
 )
 # these take an argument and yet only look
 _LOOKS = frozenset(
@@ -246,7 +249,7 @@ def _makes_trigger(words: list[str]) -> bool:
 
 def _pragma(sql: str, start: int) -> tuple[Kind, str]:
     match = _PRAGMA.match(sql, start)
-    name = match["name"].lower() if match else ""
+    name = _name(match["name"]).lower() if match else ""
     looks = name in _LOOKS or bool(match and not match["argument"] and name not in _ACTS)
     return Kind.INSPECT if looks else Kind.CONFIGURE, name
 
@@ -266,8 +269,6 @@ def milliseconds(pragma: str) -> int:
 _NUMBER = re.compile(r"[=(]\s*'?([+-]?\d+)'?\s*\)?[\s;]*\Z")
 
 
-_BLANK = r"(?:\s|--[^\n]*\n|/\*.*?\*/)"
-_NAME = r"""(?:\w+|"(?:[^"]|"")*"|`(?:[^`]|``)*`|\[[^\]]*\]|'(?:[^']|'')*')"""
 _DROP_TABLE = re.compile(
     rf"DROP{_BLANK}+TABLE{_BLANK}+(?:IF{_BLANK}+EXISTS{_BLANK}*)?"
     rf"(?:(?P<schema>{_NAME}){_BLANK}*\.{_BLANK}*)?(?P<name>{_NAME})",
