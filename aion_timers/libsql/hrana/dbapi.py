@@ -160,7 +160,7 @@ class Connection(file_dbapi.Connection):
         return Cursor(self).execute(sql, parameters)
 
     def commit(self) -> None:
-        """Commit; a commit that fails rolls back, and that of a transaction which has only read waits for nothing.
+        """Commit; a commit that fails rolls back. If nothing was written it may go on without the server's answer.
 
         Raises:
             IntegrityError: a deferred foreign key is violated.

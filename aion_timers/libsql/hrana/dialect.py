@@ -78,6 +78,8 @@ class ServerDialect(SoundDialect, SQLiteDialect):
     def _get_server_version_info(self, connection: Connection) -> tuple[int, ...]:
         # not in a transaction, whose end would have the HTTP connection when the application's first one wants it
         own: Any = connection.connection.dbapi_connection
+        if own.in_transaction:  # a listener of the host's has begun one
+            return super()._get_server_version_info(connection)
         level, own.isolation_level = own.isolation_level, Level.AUTOCOMMIT.value
         try:
             return super()._get_server_version_info(connection)

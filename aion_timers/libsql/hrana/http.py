@@ -10,7 +10,9 @@ settings. They are closed with the last of these. A child process that was forke
 from __future__ import annotations
 
 import asyncio
+import atexit
 import os
+import sys
 import threading
 import time
 from contextlib import aclosing, closing, suppress
@@ -19,7 +21,7 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 try:
     import httpcore
@@ -33,7 +35,7 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Iterator, MutableMapping
+    from collections.abc import Callable, Iterator, MutableMapping
 
 
 class UnsentError(Exception):
@@ -77,7 +79,8 @@ class Settings:
         return {"limits": limits, "verify": self.ssl_context or _usual_context(), "proxy": self.proxy}
 
 
-_MOST_BEFORE_FORK: Final = 1.0  # seconds
+_THREAD: Final = "aion_timers.libsql"
+_MOST_WAIT: Final = 1.0  # seconds, at an exit or a fork
 _IDLE: Final = 30.0  # seconds: what lies between may have forgotten a connection that was silent for longer
 
 
@@ -181,7 +184,6 @@ _mutex = threading.Lock()
 _sync: dict[Settings, _Shared] = {}
 # an async transport belongs to the event loop that it was made in
 _async: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Settings, _Shared]] = WeakKeyDictionary()
-_telling: WeakSet[threading.Thread] = WeakSet()
 
 
 def _take(transports: MutableMapping[Settings, _Shared], settings: Settings, make: Any) -> _Shared:  # noqa: ANN401 - a class
@@ -202,12 +204,27 @@ def _give_back(transports: MutableMapping[Settings, _Shared], settings: Settings
     return shared.users == 0
 
 
-def _before_fork() -> None:
-    # a child has but one thread, so a lock that another one holds at this moment is held in it for ever
-    with _mutex:
-        threads = list(_telling)
-    for thread in threads:
-        thread.join(_MOST_BEFORE_FORK)
+def _thread(work: Callable[[], None]) -> threading.Thread | None:
+    """A thread that does this; None where none can begin."""
+    if sys.is_finalizing():  # Python 3.11 would wait for it for ever
+        return None
+    thread = threading.Thread(target=work, name=_THREAD, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        return None
+    return thread
+
+
+def _wait_for_threads() -> None:
+    deadline = time.monotonic() + _MOST_WAIT
+    for thread in threading.enumerate():
+        if thread.name == _THREAD:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
+# else it ends before it has sent what it shall
+atexit.register(_wait_for_threads)
 
 
 def _after_fork() -> None:
@@ -217,11 +234,11 @@ def _after_fork() -> None:
     # not closed: that would end TLS on connections that the parent goes on using
     _sync.clear()
     _async.clear()
-    _telling.clear()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_child=_after_fork)
+    # a child has but one thread, so a lock that another one holds at that moment is held in it for ever
+    os.register_at_fork(before=_wait_for_threads, after_in_child=_after_fork)
 
 
 # -- sync --------------------------------------------------------------------------------------------------------------
@@ -265,19 +282,14 @@ class SyncExchange:
             with suppress(UnsentError, UnansweredError):
                 self._post(transport, url, body)
 
-        thread = threading.Thread(target=send, name="aion_timers.libsql", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:  # an interpreter that ends begins no thread
+        self._telling = _thread(send)
+        if self._telling is None:
             send()
-            return
-        self._telling = thread
-        with _mutex:
-            _telling.add(thread)
 
     def _wait(self) -> None:
         thread, self._telling = self._telling, None
-        if thread is not None:
+        # in that thread garbage may be collected, and with it the connection
+        if thread is not None and thread is not threading.current_thread():
             thread.join()
 
     def sleep(self, seconds: float) -> None:
@@ -286,8 +298,10 @@ class SyncExchange:
 
     def close(self) -> None:
         """Let go of the HTTP connections, and close them if nobody else uses them."""
-        self._wait()
-        self.drop()
+        try:
+            self._wait()
+        finally:
+            self.drop()
 
     def drop(self) -> None:
         """The same without waiting."""
@@ -375,9 +389,11 @@ class AsyncExchange:
 
     def close(self) -> None:
         """Let go of the HTTP connections, and close them if nobody else uses them."""
-        self._wait()
-        if shared := self._leave():
-            self._await(shared.transport.aclose())
+        try:
+            self._wait()
+        finally:
+            if shared := self._leave():
+                self._await(shared.transport.aclose())
 
     def drop(self) -> None:
         """Let go of them where nothing can be awaited; they are closed when they are collected as garbage."""

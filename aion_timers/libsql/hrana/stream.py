@@ -86,23 +86,25 @@ class Stream:
         """Go on with a new one; the server ends the old one some seconds later."""
         self._baton, self._base, self._is_kept = None, self.server.base, False
 
-    def leave(self, *, wait: bool = True) -> None:
-        """Close it, if there is one, and with it the transaction that it holds.
-
-        Args:
-            wait: until the server has done so.
-        """
+    def leave(self) -> None:
+        """Close it, if there is one, and with it the transaction that it holds."""
         is_ours = self._process == os.getpid()
         try:
             if self._baton is not None and is_ours:
-                body = protocol.pipeline(self._baton, [protocol.CLOSE])
-                if wait:
-                    self._answer(body)
-                else:
-                    self._over_at = time.monotonic()
-                    self.exchange.tell(self._url(self._versions[0]), body)
+                self._answer(protocol.pipeline(self._baton, [protocol.CLOSE]))
         except OperationalError:  # so it has ended
             pass
+        finally:
+            self.forget()
+
+    def leave_unheard(self, requests: Sequence[protocol.Request] = ()) -> None:
+        """The same after these requests, without waiting for what becomes of any of it."""
+        is_ours = self._process == os.getpid()
+        try:
+            if self._baton is not None and is_ours:
+                self._over_at = time.monotonic()
+                body = protocol.pipeline(self._baton, [*requests, protocol.CLOSE])
+                self.exchange.tell(self._url(self._versions[0]), body)
         finally:
             self.forget()
 

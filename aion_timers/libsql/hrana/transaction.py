@@ -371,11 +371,14 @@ class Transaction:
     def _finish(self, sql: str) -> Error | None:
         """End what the server holds, with this statement; the error of that."""
         stream = self.stream
+        if not stream.is_open:
+            return None
+        end = protocol.statement(sql)
         if self.state is State.READING and not stream.is_to_stay:
-            stream.leave(wait=False)
-        elif stream.is_open:
-            return self._run([], [protocol.statement(sql)], close=True).error
-        return None
+            # COMMIT, too, is said: a function in a SELECT may have written, which its text doesn't tell
+            stream.leave_unheard([protocol.batch([protocol.step(end)])])
+            return None
+        return self._run([], [end], close=True).error
 
     def close(self, *, quietly: bool = False) -> None:
         """Roll back and let go of the HTTP connections; a second call does nothing.
@@ -413,7 +416,7 @@ class Transaction:
             return
         move_savepoint(self._savepoints, statement.kind, statement.name)
         if self._by_savepoint and not self._savepoints:
-            self.stream.leave(wait=False)
+            self.stream.leave_unheard()
             self._end()
 
     # -- requests ----------------------------------------------------------------------------------

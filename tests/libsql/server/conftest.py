@@ -1,4 +1,5 @@
 import threading
+import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any, Self
@@ -76,9 +77,9 @@ FAR = 0.01  # seconds that make a server one that is far away
 
 
 def is_end(request: bytes) -> bool:
-    """Whether a request does nothing but close a stream, with the transaction in it."""
-    # a connection that is made asks for as much, but in no stream
-    return request.endswith(b'"requests":[{"type":"close"}]}') and b'"baton":null' not in request
+    """Whether a request ends a transaction that has only read, and closes its stream."""
+    # one without a stream is that of a connection which is made; a COMMIT that can fail has a ROLLBACK behind it
+    return b'"type":"close"' in request and b'"baton":null' not in request and b'"condition"' not in request
 
 
 class HeldEnds:
@@ -92,10 +93,13 @@ class HeldEnds:
 
     def __enter__(self) -> Self:
         self._proxy.meddle = self._meddle
+        self._start = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._let_go.set()
+        # read_timeout, which is how long one waits for an answer
+        assert time.monotonic() - self._start < 30
 
     def _meddle(self, request: bytes) -> Mood:
         if is_end(request):

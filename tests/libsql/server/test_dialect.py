@@ -401,6 +401,14 @@ def test_a_server_is_not_synchronized(database: ServerDatabase) -> None:
     connection.close()
 
 
+def test_a_listener_may_begin_a_transaction_before_sqlalchemy_looks_at_the_server(database: ServerDatabase) -> None:
+    engine = sa.create_engine(f"sqlite+libsql://{database.address}")
+    sa.event.listen(engine, "connect", lambda one, _: one.execute("SELECT 1"), insert=True)
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT count(*) FROM items").scalar() == 2
+    engine.dispose()
+
+
 # -- round trips -------------------------------------------------------------------------------------------------------
 
 
