@@ -99,9 +99,8 @@ class Stream:
 
     def leave_unheard(self, requests: Sequence[protocol.Request] = ()) -> None:
         """The same after these requests, without waiting for what becomes of any of it."""
-        is_ours = self._process == os.getpid()
         try:
-            if self._baton is not None and is_ours:
+            if self._baton is not None and self._process == os.getpid():
                 self._over_at = time.monotonic()
                 body = protocol.pipeline(self._baton, [*requests, protocol.CLOSE])
                 self.exchange.tell(self._url(self._versions[0]), body)
